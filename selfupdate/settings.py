@@ -1,0 +1,269 @@
+"""The flags, the environment, and the limits: what an operator can set, frozen.
+
+Flags are Go's: `-name value`, `-name=value`, one dash or two; a switch may
+stand alone. Each has an environment variable (`-upgrade-dir`,
+`SELF_UPDATE_UPGRADE_DIR`); the flag wins. One table holds them all, and the
+usage text, the parser and what a successor inherits are read from it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfupdate.errors import UsageError, VersionError
+from selfupdate.listener import Address, parse_address
+from selfupdate.versions import parse_specifiers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from packaging.specifiers import SpecifierSet
+
+PREFIX = "SELF_UPDATE_"
+
+_LONGEST = 24 * 60 * 60
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+# What Go's flag package takes for a switch (strconv.ParseBool).
+_SWITCH = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+
+
+def _switch(text: str) -> bool:
+    return _SWITCH[text]
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration: `500ms`, `10s`, `2m`, `1m30s`, or `0`; at most a day.
+
+    Raises ValueError on anything else.
+    """
+    if text == "0":
+        return 0.0
+    parts = re.findall(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)", text)
+    if not parts or "".join(map("".join, parts)) != text:
+        raise ValueError(text)
+    seconds = math.fsum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds > _LONGEST:
+        raise ValueError(text)
+    return seconds
+
+
+def _directory(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(text)
+    return Path(text)
+
+
+def _hosts(text: str) -> frozenset[str]:
+    hosts = [host.strip().lower() for host in text.split(",")]
+    if not all(re.fullmatch(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?", host) for host in hosts):
+        raise ValueError(text)
+    return frozenset(hosts)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its name without dashes, its default as text, and how to read it."""
+
+    name: str
+    default: str | None
+    parse: Callable[[str], Any]
+    takes: str
+    help: str
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets the flag."""
+        return PREFIX + self.name.upper().replace("-", "_")
+
+    @property
+    def attribute(self) -> str:
+        """The field of Settings that holds the flag's value."""
+        return self.name.replace("-", "_")
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag may stand without a value."""
+        return self.parse is _switch
+
+
+_DURATION = "a duration such as 500ms, 10s or 2m, of at most 24h"
+_BOOLEAN = "true or false"
+_ADDRESS = "an address such as localhost:8080, :8080, [::1]:8080 or unix:/path"
+
+FLAGS = (
+    Flag("bind", "localhost:8080", parse_address, _ADDRESS, "where the service listens"),
+    Flag("dev", "false", _switch, _BOOLEAN, "write logs for people, with debug lines, instead of JSON"),
+    Flag("upgrade", "false", _switch, _BOOLEAN, "stand by as a successor; passed by an incumbent only"),
+    Flag("upgrade-bind", "localhost:8081", parse_address, _ADDRESS, "where a successor listens until it takes over"),
+    Flag("upgrade-dir", "upgrades", _directory, "a directory", "where candidates are looked for"),
+    Flag("state-dir", None, _directory, "a directory", "where private copies of candidates are kept"),
+    Flag("standby", "30s", parse_duration, _DURATION, "how long a successor may take until it stands by"),
+    Flag("probation", "10s", parse_duration, _DURATION, "how long a successor is watched before it is there to stay"),
+    Flag("drain", "30s", parse_duration, _DURATION, "how long requests under way may take to end"),
+    Flag("allow", None, parse_specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
+    Flag("allowed-hosts", None, _hosts, "host names with commas between", "names that clients may call the service by"),
+    Flag("version", "false", _switch, _BOOLEAN, "print the version and exit"),
+    Flag("help", "false", _switch, _BOOLEAN, "print this text and exit"),
+)
+_BY_NAME = {flag.name: flag for flag in FLAGS}
+_BY_NAME["h"] = _BY_NAME["help"]
+_ABOUT_THE_CALL = {"version", "help"}
+"""Flags that ask for something else than a service; the environment does not set them."""
+_ON_THE_COMMAND_LINE = {"upgrade", "upgrade-bind", "bind"}
+"""Flags that an incumbent passes as arguments; the others go through the environment."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that no flag sets. Times in seconds, sizes in bytes."""
+
+    request_time: float = 10.0
+    """From a request's first byte to its last."""
+    body_time: float = 10.0
+    """For a body that waited to be asked for."""
+    send_time: float = 10.0
+    """For one answer to be taken by the client."""
+    idle_time: float = 75.0
+    """For a connection without a request under way."""
+    linger_time: float = 2.0
+    """For a client to close after the last answer on its connection."""
+    last_call_time: float = 0.5
+    """For a client to send one more request when the service stops."""
+    body_size: int = 64 * 1024
+    threads: int = 64
+    connections: int = 1000
+    version_time: float = 5.0
+    """For a candidate to print its version."""
+    version_output: int = 4096
+    version_runs: int = 4
+    """How many candidates are asked for their version at a time."""
+    candidates: int = 1000
+    candidate_size: int = 512 * 1024 * 1024
+    announce_time: float = 1.0
+    """For a successor that answers on its temporary server to announce itself."""
+    replace_time: float = 5.0
+    """For a successor to answer a probe, or to take over."""
+    health_time: float = 5.0
+    """For a successor on trial to answer one question after its health."""
+    health_interval: float = 0.25
+    """Between two of those questions."""
+    kill_time: float = 2.0
+    """For a successor to leave when told, before it is killed."""
+    rebind_time: float = 5.0
+    """For an address to become free, or to be listened on, where nothing tells when it is."""
+    poll_interval: float = 0.02
+    """Between two looks at what cannot announce itself."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was set, for the life of the process."""
+
+    bind: Address
+    dev: bool
+    upgrade: bool
+    upgrade_bind: Address
+    upgrade_dir: Path
+    state_dir: Path
+    standby: float
+    probation: float
+    drain: float
+    allow: SpecifierSet | None
+    allowed_hosts: frozenset[str] | None
+    version: bool
+    help: bool
+    given: Mapping[str, str]
+    """The text of each flag that was set, by name."""
+    limits: Limits = field(default_factory=Limits)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that give a successor these settings."""
+        return {_BY_NAME[name].variable: text for name, text in self.given.items() if name not in _ON_THE_COMMAND_LINE}
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Return the settings of a command line (without the program's name) and an environment.
+
+    Raises UsageError, in one line that names the flag or variable, what it got and what it takes.
+    """
+    given = _from_environment(environ)
+    given.update(_from_arguments(list(arguments)))
+    values: dict[str, Any] = {}
+    for flag in FLAGS:
+        text = given.get(flag.name, flag.default)
+        values[flag.attribute] = None if text is None else flag.parse(text)
+    if values["bind"] == values["upgrade_bind"] and (values["bind"].port or values["bind"].path):
+        raise UsageError(f"-upgrade-bind got {values['bind']}, as -bind did; it takes another address")
+    if values["state_dir"] is None:
+        values["state_dir"] = _default_state_dir(environ)
+    return Settings(given={name: text for name, text in given.items() if name not in _ABOUT_THE_CALL}, **values)
+
+
+def usage() -> str:
+    """Return the text of `-help`."""
+    lines = ["usage: self-update [-flag value ...]", ""]
+    for flag in FLAGS:
+        default = f" (default {flag.default})" if flag.default and not flag.is_switch else ""
+        lines.append(f"  -{flag.name:<14} {flag.help}{default}")
+    lines += ["", f"Each flag can be given as an environment variable, too: {PREFIX}UPGRADE_DIR for -upgrade-dir."]
+    return "\n".join(lines)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    given = {}
+    for flag in FLAGS:
+        if flag.name in _ABOUT_THE_CALL or flag.variable not in environ:
+            continue
+        given[flag.name] = _checked(flag, environ[flag.variable], flag.variable)
+    return given
+
+
+def _from_arguments(arguments: list[str]) -> dict[str, str]:
+    given = {}
+    switch = ""
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
+        flag = _BY_NAME.get(name)
+        if not argument.startswith("-") or flag is None:
+            hint = f"; {switch} takes true or false" if switch else ""
+            raise UsageError(f"{argument!r} is not a flag; -help lists the flags{hint}")
+        switch = argument if flag.is_switch else ""
+        if not equals:
+            if flag.is_switch:
+                text = arguments.pop(0) if arguments and arguments[0] in _SWITCH else "true"
+            elif arguments:
+                text = arguments.pop(0)
+            else:
+                raise UsageError(f"-{name} has no value; it takes {flag.takes}")
+        given[flag.name] = _checked(flag, text, f"-{name}")
+    return given
+
+
+def _checked(flag: Flag, text: str, where: str) -> str:
+    """Return `text` if `flag` takes it."""
+    try:
+        flag.parse(text)
+    except (ValueError, KeyError, VersionError):
+        raise UsageError(f"{where} got {text!r}; it takes {flag.takes}") from None
+    return text
+
+
+def _default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Return the directory that systemd or the XDG Base Directory Specification names."""
+    if environ.get("STATE_DIRECTORY"):
+        return Path(environ["STATE_DIRECTORY"].split(":")[0])  # systemd.exec(5): several are joined by colons
+    if environ.get("XDG_STATE_HOME"):
+        return Path(environ["XDG_STATE_HOME"]) / "self-update"
+    try:
+        home = Path(environ.get("HOME") or Path.home())
+        return home / ".local" / "state" / "self-update"
+    except RuntimeError:
+        raise UsageError("this account has no home directory; give the state directory with -state-dir") from None

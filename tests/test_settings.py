@@ -1,0 +1,147 @@
+"""The command line: Go-style flags, the environment, and what an operator is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from selfupdate.errors import UsageError
+from selfupdate.listener import Address
+from selfupdate.settings import FLAGS, Flag, parse, parse_duration, usage
+
+HOME = {"HOME": "/home/somebody"}
+
+
+def test_the_defaults() -> None:
+    """Without flags, everything is as the README says."""
+    settings = parse([], HOME)
+    assert settings.bind == Address("localhost", 8080)
+    assert settings.upgrade_bind == Address("localhost", 8081)
+    assert settings.upgrade_dir == Path("upgrades")
+    assert settings.state_dir == Path("/home/somebody/.local/state/self-update")
+    assert (settings.probation, settings.drain) == (10.0, 30.0)
+    assert (settings.dev, settings.upgrade, settings.version) == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-bind", ":90"],
+        ["--bind", ":90"],
+        ["-bind=:90"],
+        ["--bind=:90"],
+        ["-bind", ":80", "-bind=:90"],
+        ["-dev", "-bind", ":90"],
+    ],
+)
+def test_the_forms_of_a_flag(arguments: list[str]) -> None:
+    """One dash or two, with = or a space; the last one counts."""
+    assert parse(arguments, HOME).bind == Address("", 90)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dev"),
+    [
+        (["-dev"], True),
+        (["-dev", "true"], True),
+        (["-dev=false"], False),
+        (["-dev", "0"], False),
+        (["-dev", "-upgrade"], True),
+    ],
+)
+def test_the_forms_of_a_switch(arguments: list[str], dev: bool) -> None:  # noqa: FBT001 - data
+    """A switch stands alone or takes a value."""
+    assert parse(arguments, HOME).dev is dev
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("localhost:8080", Address("localhost", 8080)),
+        (":0", Address("", 0)),
+        ("[::1]:8080", Address("::1", 8080)),
+        ("unix:/run/it.sock", Address(path="/run/it.sock")),
+    ],
+)
+def test_addresses(text: str, address: Address) -> None:
+    """Each form is read, and is shown as it is read."""
+    assert parse(["-bind", text], HOME).bind == address
+    assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("10s", 10.0), ("2m", 120.0), ("1m30s", 90.0), ("1.5s", 1.5), ("0", 0.0), ("1h", 3600.0)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    """Durations have units."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["-bnid", ":80"], {}, "'-bnid' is not a flag; -help lists the flags"),
+        (["serve"], {}, "'serve' is not a flag; -help lists the flags"),
+        (["-dev", "yes"], {}, "'yes' is not a flag; -help lists the flags; -dev takes true or false"),
+        (["-drain", "600h"], {}, "-drain got '600h'; it takes a duration"),
+        (["-bind", ":80", "-upgrade-bind", ":80"], {}, "-upgrade-bind got :80, as -bind did; it takes another address"),
+        (["-bind"], {}, "-bind has no value; it takes an address such as"),
+        (["-bind", "8080"], {}, "-bind got '8080'; it takes an address such as"),
+        (["-bind", "localhost:99999"], {}, "-bind got 'localhost:99999'; it takes an address"),
+        (["-bind", "::1:80"], {}, "-bind got '::1:80'; it takes an address"),
+        (["-bind", "[::x]:80"], {}, "-bind got '[::x]:80'; it takes an address"),
+        (["-bind", "unix:/" + "x" * 108], {}, "-bind got 'unix:/xxx"),
+        (["-dev=maybe"], {}, "-dev got 'maybe'; it takes true or false"),
+        (["-probation", "10"], {}, "-probation got '10'; it takes a duration such as 500ms, 10s or 2m"),
+        (["-drain", "-1s"], {}, "-drain got '-1s'; it takes a duration"),
+        (["-allow", "new"], {}, "-allow got 'new'; it takes version specifiers such as '>=1.2,<2'"),
+        (["-upgrade-dir", ""], {}, "-upgrade-dir got ''; it takes a directory"),
+        (["-allowed-hosts", "a,,b"], {}, "-allowed-hosts got 'a,,b'; it takes host names with commas between"),
+        ([], {"SELF_UPDATE_DRAIN": "soon"}, "SELF_UPDATE_DRAIN got 'soon'; it takes a duration"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], environ: dict[str, str], message: str) -> None:
+    """One line names the flag, what it got and what it takes."""
+    with pytest.raises(UsageError) as caught:
+        parse(arguments, HOME | environ)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flag", [flag for flag in FLAGS if flag.name not in {"version", "help"}], ids=lambda flag: flag.name
+)
+def test_each_flag_has_a_variable_and_wins_over_it(flag: Flag) -> None:
+    """SELF_UPDATE_UPGRADE_DIR is -upgrade-dir, and so on; the successor gets what is not in its arguments."""
+    first, second = {
+        "bind": (":1", ":2"), "upgrade-bind": (":1", ":2"), "upgrade-dir": ("a", "b"), "state-dir": ("a", "b"),
+        "allow": (">=1", ">=2"), "allowed-hosts": ("a", "b"), "dev": ("true", "false"), "upgrade": ("true", "false"),
+    }.get(flag.name, ("1s", "2s"))  # fmt: skip
+    assert flag.variable == "SELF_UPDATE_" + flag.name.upper().replace("-", "_")
+    by_environment = parse([], HOME | {flag.variable: first})
+    assert getattr(by_environment, flag.attribute) == flag.parse(first)
+    by_flag = parse([f"-{flag.name}={second}"], HOME | {flag.variable: first})
+    assert getattr(by_flag, flag.attribute) == flag.parse(second)
+    passed_on = {} if flag.name in {"bind", "upgrade", "upgrade-bind"} else {flag.variable: second}
+    assert by_flag.environment() == passed_on
+
+
+@pytest.mark.parametrize(
+    ("environ", "directory"),
+    [
+        ({"STATE_DIRECTORY": "/var/lib/it", "XDG_STATE_HOME": "/x"}, "/var/lib/it"),
+        ({"XDG_STATE_HOME": "/x"}, "/x/self-update"),
+        ({}, "/home/somebody/.local/state/self-update"),
+    ],
+)
+def test_the_state_directory(environ: dict[str, str], directory: str) -> None:
+    """systemd's, the XDG one, or below the home directory."""
+    assert parse([], HOME | environ).state_dir == Path(directory)
+
+
+def test_the_usage_names_each_flag() -> None:
+    """-help lists all."""
+    assert {f"-{flag.name}" for flag in FLAGS} == set(re.findall(r"(?m)^  (-[a-z-]+)", usage()))
