@@ -1,0 +1,277 @@
+"""One client's connection: collects requests, parses each on `http.server`'s parser, and writes its answer.
+
+In front of the parser, whatever makes the end of a request uncertain is refused
+(RFC 9112, section 6): two parties that see different ends see different requests.
+"""
+
+from __future__ import annotations
+
+import email.errors
+import http
+import http.server
+import io
+import re
+import socket
+import time
+import urllib.parse
+from typing import TYPE_CHECKING, Protocol
+
+from selfupdate.messages import Request, Response, problem
+
+if TYPE_CHECKING:
+    from selfupdate.settings import Limits
+
+_MAX_LINE = 65536
+_MAX_HEAD = 128 * 1024
+_CHUNK = 65536
+
+
+class Service(Protocol):
+    """What a connection needs of the server that it belongs to."""
+
+    limits: Limits
+    ends_connections: bool
+    """Whether each connection is closed behind its next answer."""
+
+    def respond(self, request: Request) -> Response:
+        """Return the application's answer."""
+
+    def date(self) -> str:
+        """Return the Date field."""
+
+
+class _FramingError(Exception):
+    """The end of a request can't be told: answer, and close the connection (RFC 9112, section 6)."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+# The end of a head, and what in it has no place there: control characters, a CR that ends no line, and a
+# line that goes on with white space. http.server's parser would take each for something else than others do.
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+_NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")
+_REQUEST_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/[0-9]\.[0-9]")
+_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$")
+_EXPECTS = re.compile(rb"(?im)^expect:[ \t]*100-continue")
+
+
+# What the parser finds amiss in a body that it does not get to see.
+_OF_MAIL = (email.errors.StartBoundaryNotFoundDefect, email.errors.MultipartInvariantViolationDefect)
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """A client's connection: `http.server`'s parser, without its constructor, which would serve until the end.
+
+    The loop collects what arrives until a request is complete, so that a slow client costs no worker.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, connection: socket.socket, server: Service) -> None:
+        """Serve the client of an accepted `connection`."""
+        self.connection: socket.socket = connection
+        self.close_connection = True
+        self.wfile = io.BytesIO()  # the parser itself writes nothing: see handle_expect_100 and send_error
+        self._server = server
+        self._received = bytearray()
+        self._has_ended = False
+
+    def fileno(self) -> int:
+        """Return the descriptor, readable when something has arrived."""
+        return self.connection.fileno()
+
+    # The loop's part.
+
+    def collect(self) -> bool:
+        """Take what has arrived; tell whether a worker can do something about it."""
+        try:
+            chunk = self.connection.recv(_CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        self._has_ended = not chunk
+        self._received += chunk
+        return self._has_ended or self.has_request()
+
+    def has_request(self) -> bool:
+        """Tell whether a request is complete, or so far gone that it must be refused."""
+        while self._received.startswith(b"\r\n"):  # RFC 9112, section 2.2
+            del self._received[:2]
+        return self._end_of_request() <= len(self._received) or len(self._received) > _MAX_HEAD
+
+    def has_input(self) -> bool:
+        """Tell whether something has arrived that was not collected."""
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the beginning of a request has arrived."""
+        return bool(self._received)
+
+    def _end_of_request(self) -> float:
+        """Return how many bytes the request has, as far as its head tells; more than any where it does not."""
+        end = _END_OF_HEAD.search(self._received)
+        if end is None:
+            return float("inf")
+        head = self._received[: end.end()]
+        length = _LENGTH.search(head)
+        if length is None or int(length[1]) > self._server.limits.body_size or _EXPECTS.search(head):
+            return end.end()  # there is no body, it is refused, or it waits to be asked for
+        return end.end() + int(length[1])
+
+    # A worker's part.
+
+    def serve(self) -> bool:
+        """Answer what has arrived; tell whether the connection lives on."""
+        while True:
+            try:
+                self._serve_one()
+            except OSError:  # the client has gone
+                return False
+            if self.close_connection:
+                return False
+            if not self.has_request():
+                return True
+
+    def _serve_one(self) -> None:
+        self.close_connection = True
+        self.command = self.request_version = ""
+        end = _END_OF_HEAD.search(self._received)
+        if end is None:
+            self._refuse_beginning()
+            return
+        head = bytes(self._received[: end.end()])
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline(_MAX_LINE + 1)
+        if len(self.raw_requestline) > _MAX_LINE:
+            self.send_error(414)
+        elif _NOT_IN_A_HEAD.search(head) or not _REQUEST_LINE.fullmatch(self.raw_requestline.rstrip(b"\r\n")):
+            self.send_error(400)
+        elif self._parse():
+            del self._received[: end.end()]
+            self._answer()
+
+    def _parse(self) -> bool:
+        try:
+            return self.parse_request()
+        except (ValueError, LookupError):  # the parser is that of mail, which reads more than it has to
+            self.send_error(400)
+            return False
+
+    def _refuse_beginning(self) -> None:
+        """Answer a head that does not come to its end."""
+        if self._has_ended:
+            return
+        if len(self._received) <= _MAX_HEAD:
+            self._reject(408, "The request did not arrive in time; send it at once, and complete.")
+        else:
+            self.send_error(431 if b"\n" in self._received[:_MAX_LINE] else 414)
+
+    def _answer(self) -> None:
+        keep_alive = not self.close_connection
+        self.close_connection = True
+        try:
+            body = self._read_body()
+        except _FramingError as error:
+            self._reject(error.status, error.detail)
+            return
+        self.close_connection = not keep_alive
+        path, _, query = self.path.partition("?")
+        names = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, path, dict(urllib.parse.parse_qsl(query, keep_blank_values=True)), names, body)
+        self._write(self._server.respond(request))
+
+    def _read_body(self) -> bytes:
+        """Return the body. Raises _FramingError where its length is not certain (RFC 9112, section 6.3)."""
+        length = self._length_of_body()
+        if length and "expect" in self.headers:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._receive(length, time.monotonic() + self._server.limits.body_time)
+        if len(self._received) < length:
+            if self._has_ended:
+                raise ConnectionResetError("the client left in the middle of its body")
+            raise _FramingError(408, "The body did not arrive in time; send it at once, and complete.")
+        body = bytes(self._received[:length])
+        del self._received[:length]
+        return body
+
+    def _length_of_body(self) -> int:
+        limit = self._server.limits.body_size
+        if any(not isinstance(defect, _OF_MAIL) for defect in self.headers.defects):
+            raise _FramingError(400, "The head has a malformed field; send well-formed fields.")
+        for name in ("host", "origin"):
+            if len(self.headers.get_all(name, [])) > 1:
+                raise _FramingError(400, f"{name.title()} is there more than once; send it once.")
+        if "host" not in self.headers and self.request_version != "HTTP/1.0":
+            raise _FramingError(400, "Host is missing; send it.")
+        if not self.path.startswith("/"):
+            raise _FramingError(400, "The target must be a path; this is no proxy.")
+        if "transfer-encoding" in self.headers:
+            raise _FramingError(501, "Transfer-Encoding is not taken here; send Content-Length.")
+        lengths = self.headers.get_all("content-length", ["0"])
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+            raise _FramingError(400, "Content-Length must be one decimal number.")
+        length = int(lengths[0])
+        if length > limit:
+            raise _FramingError(413, f"The body has {length} bytes; send at most {limit}.")
+        if length and self.command in {"GET", "HEAD"}:
+            raise _FramingError(400, f"{self.command} takes no body; send none.")
+        return length
+
+    def _receive(self, length: int, deadline: float) -> None:
+        """Receive until `length` bytes are there, the client has ended, or `deadline` has passed."""
+        while len(self._received) < length and not self._has_ended:
+            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                chunk = self.connection.recv(_CHUNK)
+            except TimeoutError:
+                return
+            self._has_ended = not chunk
+            self._received += chunk
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what the parser refuses, as every other error is answered."""
+        self._reject(
+            code, f"{explain or message or http.HTTPStatus(code).phrase}; send a well-formed HTTP/1.1 request."
+        )
+
+    def _reject(self, status: int, detail: str) -> None:
+        self.close_connection = True
+        self._write(problem(status, detail))
+
+    def handle_expect_100(self) -> bool:
+        """Ask for no body yet (RFC 9110, section 10.1.1): first it is seen whether it will be taken."""
+        return True
+
+    def _write(self, response: Response) -> None:
+        if self._server.ends_connections:
+            self.close_connection = True
+        lines = [
+            f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
+            "Server: self-update",
+            f"Date: {self._server.date()}",
+            f"Content-Type: {response.content_type}",
+            f"Content-Length: {len(response.body)}",
+        ]
+        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        if self.close_connection:
+            lines.append("Connection: close")
+        elif self.request_version == "HTTP/1.0":
+            lines.append("Connection: keep-alive")
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        self._send(head if self.command == "HEAD" else head + response.body)
+
+    def _send(self, text: bytes) -> None:
+        self.connection.settimeout(self._server.limits.send_time)
+        self.connection.sendall(text)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.connection.close()

@@ -1,0 +1,66 @@
+"""Requests and answers, as the application sees them: apart from how they travel."""
+
+from __future__ import annotations
+
+import http
+import ipaddress
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, complete with its body."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_response(value: object, status: int = 200, **headers: str) -> Response:
+    """Return an answer in JSON; `Content_Location="/x"` becomes the header `Content-Location: /x`."""
+    named = {name.replace("_", "-"): text for name, text in headers.items()}
+    return Response(status, json.dumps(value).encode() + b"\n", headers=named)
+
+
+def problem(status: int, detail: str, extra: Mapping[str, object] | None = None, **headers: str) -> Response:
+    """Return an error as application/problem+json (RFC 9457); `detail` says what to do."""
+    title = http.HTTPStatus(status).phrase
+    answer = json_response({"type": "about:blank", "title": title, "status": status, "detail": detail, **(extra or {})})
+    named = {name.replace("_", "-"): text for name, text in headers.items()}
+    return Response(status, answer.body, "application/problem+json", named)
+
+
+def goes_by(host: str | None, names: Collection[str]) -> bool:
+    """Tell whether a client may call the service `host`: a page of another site that resolves to us may not.
+
+    An address can't be rebound to another machine; a name can (DNS rebinding). HTTP/1.0 has no Host.
+    """
+    if host is None:
+        return True
+    name = re.sub(":[0-9]*$", "", host.lower())
+    if name in {"localhost", *names}:
+        return bool(name)
+    try:
+        ipaddress.ip_address(name[1:-1] if re.fullmatch(r"\[.*\]", name) else name)
+    except ValueError:
+        return False
+    return True

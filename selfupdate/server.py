@@ -1,0 +1,409 @@
+"""An HTTP/1.1 server on `http.server`'s classes that can be paused, resumed and drained.
+
+One thread, the loop, waits for everything that can arrive: connections on the
+listener, and the next request on each open connection. A connection on which a
+request is complete goes to one of a fixed number of workers, which parses it,
+calls the application, writes the answer, and gives the connection back. So
+neither an idle connection nor a slow client costs a thread. The loop alone owns
+the set of connections; others ask it to act by `_call`, and wait for it.
+
+Pausing means: no connection is accepted, and each open one is closed behind its
+next answer, which says so (`Connection: close`). What `http.server` does by
+default and a handover can't live with: a listener that blocks in accept(2), a
+backlog of 5, a thread for each connection without bound, threads that are
+dropped with a request under way, reads without time limits, and a name server
+that is asked when it binds.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import functools
+import logging
+import queue
+import selectors
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from selfupdate.connection import Connection
+from selfupdate.listener import BACKLOG
+from selfupdate.messages import Request, Response, problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from selfupdate.settings import Limits
+
+_log = logging.getLogger(__name__)
+
+_ACCEPTS_AT_ONCE = 64
+"""Connections accepted before the loop looks at the others again."""
+_NO_ROOM_TIME = 0.1
+"""Seconds until accepting is tried again where there was no room: the kernel does not tell when there is."""
+
+
+class Server:
+    """Serves an application on a listener, once told to accept."""
+
+    def __init__(self, name: str, application: Callable[[Request], Response], limits: Limits) -> None:
+        """Start the threads of a server that does not accept yet; `name` is for them."""
+        self.limits = limits
+        self.ends_connections = False
+        """Whether each connection is closed behind its next answer."""
+        self._application = application
+        self._listener: socket.socket | None = None
+        self._accepting = False
+        self._closing = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        # Connections by where they are; each dict is in the order of its deadlines.
+        self._idle: dict[Connection, float] = {}
+        self._beginning: dict[Connection, float] = {}
+        self._busy: set[Connection] = set()
+        self._lingering: dict[Connection, float] = {}
+        self._drain_deadline: float | None = None
+        self._drained = False
+        self._no_room_until: float | None = None
+        self._empty = threading.Event()
+        self._empty.set()
+        self._stopped = False
+        self._ready: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self._date = (0, "")
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+        for number in range(limits.threads):
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
+
+    # What others ask for. Each returns when it is done.
+
+    def accept(self, listener: socket.socket) -> None:
+        """Accept on `listener`, which is non-blocking, and close it in the end."""
+
+        def begin() -> None:
+            self._listener = listener
+            self._resume()
+
+        self._call(begin)
+
+    def end_connections(self) -> None:
+        """From now on, close each connection behind its next answer."""
+        self.ends_connections = True
+
+    def pause(self, drain: float) -> None:
+        """Accept no more; close each connection behind its next answer, and all after `drain` seconds."""
+        self._call(lambda: self._pause(drain))
+
+    def release(self, drain: float) -> None:
+        """Pause, and close the listener: the address is free for another process.
+
+        The connections that wait in the listener's queue are taken first; they would be reset.
+        """
+
+        def release() -> None:
+            self._accept_all_that_wait()
+            self._pause(drain)
+            self._close_listener()
+
+        self._call(release)
+
+    def resume(self) -> None:
+        """Accept again on the listener that was kept."""
+        self._call(self._resume)
+
+    def wait_until_empty(self) -> None:
+        """Wait until the last connection has ended; after `pause`, that has a bound."""
+        self._empty.wait()
+
+    def close(self, drain: float) -> None:
+        """Stop for good: take nothing new, answer within `drain` seconds what is under way.
+
+        Connections that wait in the listener's queue are under way, too, unless the server is
+        paused: then the queue is another process's to serve.
+        """
+        if self._stopped:
+            return
+        deadline = time.monotonic() + drain
+        self._call(self._begin_close)
+        self._empty.wait(max(0.0, deadline - time.monotonic()))
+
+        def stop() -> None:
+            self._drop_waiting()
+            self._cut_beginning()
+            self._cut_busy()
+            self._stopped = True
+
+        self._call(stop)
+        self._thread.join()
+        self._run_calls()
+        for _ in range(self.limits.threads):
+            self._ready.put(None)
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    # What the connections use.
+
+    def respond(self, request: Request) -> Response:
+        """Return the application's answer; an exception is a defect, logged, and a 500."""
+        try:
+            return self._application(request)
+        except Exception:  # noqa: BLE001 - whatever it was, the client gets an answer
+            _log.exception("a request failed", extra={"method": request.method, "path": request.path})
+            return problem(500, "This request met a defect in the program; its log says more.")
+
+    def date(self) -> str:
+        """Return the Date field, formatted once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)))
+        return self._date[1]
+
+    # The loop's own.
+
+    def _loop(self) -> None:
+        while not self._stopped:
+            for key, _ in self._selector.select(self._timeout()):
+                if key.fileobj is self._wake_out:
+                    self._wake_out.recv(4096)
+                    self._run_calls()
+                elif isinstance(key.fileobj, Connection):
+                    self._read_ready(key.fileobj)
+                elif self._accepting:
+                    self._accept_waiting(_ACCEPTS_AT_ONCE)
+            self._expire(time.monotonic())
+            if not self._open_connections():
+                self._empty.set()
+
+    def _open_connections(self) -> int:
+        return len(self._idle) + len(self._beginning) + len(self._busy) + len(self._lingering)
+
+    def _timeout(self) -> float | None:
+        all_waiting = (self._idle, self._beginning, self._lingering)
+        deadlines = [next(iter(waiting.values())) for waiting in all_waiting if waiting]
+        deadlines += [at for at in (self._drain_deadline, self._no_room_until) if at is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _call(self, act: Callable[[], None]) -> None:
+        """Have the loop `act`, and wait until it has."""
+        done = threading.Event()
+
+        def run() -> None:
+            act()
+            done.set()
+
+        self._post(run)
+        done.wait()
+
+    def _post(self, act: Callable[[], None]) -> None:
+        self._calls.append(act)
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop, too; a closed one has no loop
+            self._wake_in.send(b"\0")
+
+    def _run_calls(self) -> None:
+        with contextlib.suppress(IndexError):  # when the loop has ended, several threads may run what is left
+            while True:
+                self._calls.popleft()()
+
+    def _pause(self, drain: float) -> None:
+        self._accept_no_more()
+        self.ends_connections = True
+        self._drain_deadline = time.monotonic() + drain
+
+    def _resume(self) -> None:
+        if self._listener is None or self._closing:
+            return
+        self._listener.listen(BACKLOG)  # whoever shared it may have called shutdown(2)
+        self.ends_connections = False
+        self._drained = False
+        self._drain_deadline = None
+        self._no_room_until = None
+        if not self._accepting:
+            self._accepting = True
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _accept_no_more(self) -> None:
+        if self._accepting and self._listener is not None:
+            self._selector.unregister(self._listener)
+        self._accepting = False
+        self._no_room_until = None
+
+    def _has_room(self) -> bool:
+        """Tell whether one more connection may be accepted; one that is merely kept alive makes room for it."""
+        if self._open_connections() < self.limits.connections:
+            return True
+        silent = next((connection for connection in self._idle if not connection.has_input()), None)
+        if silent is not None:
+            self._drop(silent, self._idle)
+        return silent is not None
+
+    def _wait_for_room(self) -> None:
+        self._accept_no_more()
+        self._no_room_until = time.monotonic() + _NO_ROOM_TIME
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _accept_all_that_wait(self) -> None:
+        if self._accepting or self._no_room_until is not None:
+            self._accept_waiting(None)
+
+    def _accept_waiting(self, count: int | None) -> None:
+        """Accept at most `count` connections, as long as there is room; without `count`, all that wait."""
+        assert self._listener is not None
+        while count is None or count > 0:
+            if count is not None and not self._has_room():
+                self._wait_for_room()
+                return
+            try:
+                # Whether it blocks belongs to all who share it: a candidate may have changed that.
+                self._listener.setblocking(False)
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:  # the client left while it waited
+                continue
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # as in _resume
+                    self._listener.listen(BACKLOG)
+                else:  # no descriptors or no memory
+                    self._wait_for_room()
+                return
+            if connection.family in {socket.AF_INET, socket.AF_INET6}:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._wait_for_request(Connection(connection, self), is_new=True)
+            if count is not None:
+                count -= 1
+
+    def _wait_for_request(self, connection: Connection, *, is_new: bool = False) -> None:
+        self._empty.clear()
+        connection.connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._wait_for_more(connection, is_new=is_new)
+
+    def _wait_for_more(self, connection: Connection, *, is_new: bool = False) -> None:
+        if is_new or connection.has_begun:
+            self._beginning[connection] = time.monotonic() + self.limits.request_time
+        else:
+            self._idle[connection] = time.monotonic() + self.limits.idle_time
+
+    def _read_ready(self, connection: Connection) -> None:
+        deadline = self._lingering.get(connection)
+        if deadline is not None:
+            self._finish(connection, deadline)
+        elif connection in self._beginning:  # its time goes on
+            if connection.collect():
+                del self._beginning[connection]
+                self._hand_to_worker(connection)
+        elif self._idle.pop(connection, None) is not None:  # else it was dropped since the selector saw it
+            if connection.collect():
+                self._hand_to_worker(connection)
+            else:
+                self._wait_for_more(connection)
+
+    def _hand_to_worker(self, connection: Connection) -> None:
+        self._selector.unregister(connection)
+        self._busy.add(connection)
+        self._ready.put(connection)
+
+    def _finish(self, connection: Connection, deadline: float) -> None:
+        """Read what a client sends after the last answer; close when it does, or at `deadline`."""
+        try:
+            while connection.connection.recv(65536):
+                pass
+        except BlockingIOError:
+            self._lingering[connection] = deadline
+            return
+        except OSError:
+            pass
+        self._lingering.pop(connection, None)
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _give_back(self, connection: Connection, *, lives: bool) -> None:
+        self._busy.discard(connection)
+        if self._stopped:
+            connection.close()
+            return
+        if lives and not self._drained:
+            self._wait_for_request(connection)
+            return
+        # A close(2) with unread input resets the connection, and the client may lose the answer.
+        with contextlib.suppress(OSError):
+            connection.connection.shutdown(socket.SHUT_WR)
+        connection.connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._finish(connection, time.monotonic() + self.limits.linger_time)
+
+    def _expire(self, now: float) -> None:
+        for waiting in (self._idle, self._lingering):
+            while waiting and (first := next(iter(waiting.items())))[1] <= now:
+                self._drop(first[0], waiting)
+        while self._beginning and (first := next(iter(self._beginning.items())))[1] <= now:
+            if first[0].has_begun:
+                del self._beginning[first[0]]
+                self._hand_to_worker(first[0])
+            else:
+                self._drop(first[0], self._beginning)
+        if self._drain_deadline is not None and self._drain_deadline <= now:
+            self._drain_deadline = None
+            self._drained = True
+            self._drop_waiting()
+            if not self._closing:
+                self._cut_beginning()
+                self._cut_busy()
+        if self._no_room_until is not None and self._no_room_until <= now:
+            self._resume()
+
+    def _drop(self, connection: Connection, waiting: dict[Connection, float]) -> None:
+        del waiting[connection]
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _drop_waiting(self) -> None:
+        for waiting in (self._idle, self._lingering):
+            for connection in list(waiting):
+                self._drop(connection, waiting)
+
+    def _cut_beginning(self) -> None:
+        for connection in list(self._beginning):
+            self._drop(connection, self._beginning)
+
+    def _cut_busy(self) -> None:
+        for connection in self._busy:  # its worker finds the connection ended, and gives it back
+            with contextlib.suppress(OSError):
+                connection.connection.shutdown(socket.SHUT_RDWR)
+
+    def _begin_close(self) -> None:
+        """Take what waits, close the listener, and let each client that is about to ask get its answer.
+
+        An open connection may have a request on its way, which nothing tells: a client that is active
+        asks again within `last_call_time`, and its answer tells it that the connection ends.
+        """
+        self._accept_all_that_wait()
+        self._accept_no_more()
+        self._close_listener()
+        self.ends_connections = self._closing = True
+        self._drain_deadline = time.monotonic() + self.limits.last_call_time
+
+    # The workers' own.
+
+    def _work(self) -> None:
+        while (connection := self._ready.get()) is not None:
+            try:
+                lives = connection.serve()
+            except Exception:  # noqa: BLE001 - whatever it was, the others are served
+                _log.exception("a connection met a defect")
+                lives = False
+            self._post(functools.partial(self._give_back, connection, lives=lives))
+            if self._stopped:
+                self._run_calls()

@@ -1,0 +1,253 @@
+"""A running service for the tests: started from a built file, watched through what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PATIENCE = 30.0
+"""Seconds that a test waits for an event before it fails; no test takes that long."""
+
+Line = dict[str, Any]
+
+# Successors outlive the process that started them. With this process as their new parent (prctl(2),
+# PR_SET_CHILD_SUBREAPER), it learns how each of them ended, and reaps it.
+ctypes.CDLL(None).prctl(36, 1)
+
+
+class Answer:
+    """The answer to one request."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Service:
+    """A process that was started from a program, with its successors, until none is left."""
+
+    def __init__(self, program: Path, directory: Path, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+        self.upgrade_dir = directory / "upgrades"
+        self.upgrade_dir.mkdir(parents=True, exist_ok=True)
+        self.lines: list[Line] = []
+        self.statuses: dict[int, int | None] = {}
+        """How each process that has ended did so."""
+        self._news = threading.Condition()
+        self._ended = False
+        self.process = subprocess.Popen(
+            [
+                str(program),
+                *("-bind", "localhost:0", "-upgrade-bind", "localhost:0"),
+                *("-state-dir", str(directory / "state"), "-upgrade-dir", str(self.upgrade_dir)),
+                *flags,
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environ or {})},
+            start_new_session=True,
+            cwd=directory,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr:
+            for text in self.process.stderr:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    line = {"message": text.decode("utf-8", "replace").rstrip("\n")}
+                with self._news:
+                    self.lines.append(line)
+                    self._news.notify_all()
+        with self._news:  # the end of the stream: no process holds it any more
+            self._ended = True
+            self._news.notify_all()
+
+    def line(self, since: int = 0, **fields: object) -> Line:
+        """Wait for a log line, from number `since` on, that has these fields."""
+
+        def found() -> Line | None:
+            lines = self.lines[since:]
+            return next((line for line in lines if all(line.get(key) == value for key, value in fields.items())), None)
+
+        with self._news:
+            self._news.wait_for(lambda: found() or self._ended, PATIENCE)
+            line = found()
+        assert line is not None, f"no line with {fields} in {self.lines[since:]}"
+        return line
+
+    def next_line(self) -> Line:
+        """Wait for the first line."""
+        with self._news:
+            assert self._news.wait_for(lambda: self.lines, PATIENCE)
+            return self.lines[0]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it serves."""
+        host, _, port = self.line(message="serving")["bind"].rpartition(":")
+        return host, int(port)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        address: tuple[str, int] | None = None,
+    ) -> Answer:
+        """Send one request over a connection of its own."""
+        connection = http.client.HTTPConnection(*(address or self.address), timeout=PATIENCE)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), dict(headers or {}))
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Any:
+        """Return the JSON of a GET that must succeed."""
+        answer = self.ask("GET", path)
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def upgrade(self, name: str | None = None) -> Any:
+        """Upgrade, and return the record when it has ended."""
+        answer = self.ask("POST", "/upgrade?wait=30s", {"name": name} if name else None)
+        if answer.status == 202:
+            return self.record_when(answer.json["id"], lambda record: record["outcome"] is not None)
+        if answer.status in {404, 422}:
+            return self.get(answer.headers["Location"])
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def record_when(self, upgrade_id: str, is_so: Callable[[Any], bool]) -> Any:
+        """Return an upgrade's record once it is as `is_so` says."""
+        return self._poll(lambda: self.get(f"/upgrades/{upgrade_id}"), is_so)
+
+    def status_when(self, is_so: Callable[[Any], bool]) -> Any:
+        """Return the status once it is as `is_so` says."""
+        return self._poll(lambda: self.get("/status"), is_so)
+
+    @staticmethod
+    def _poll(look: Callable[[], Any], is_so: Callable[[Any], bool]) -> Any:
+        # The HTTP interface is what is tested: it can only be asked.
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            value = look()
+            if is_so(value):
+                return value
+            assert time.monotonic() < deadline, value
+
+    def pids(self) -> list[int]:
+        """Return the processes of the service's session, zombies included."""
+        return [pid for pid, session in _sessions() if session == self.process.pid]
+
+    def wait_until_alone(self, pid: int) -> None:
+        """Wait until `pid` is the only process left."""
+        for other in self.pids():
+            if other != pid:
+                self.statuses[other] = self._reap(other)
+        assert self.pids() == [pid]
+
+    def wait_for_end(self) -> None:
+        """Wait until no process is left; `statuses` says how each ended."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended, PATIENCE)
+        assert self._ended, f"processes are left: {self.pids()}"
+        self.statuses[self.process.pid] = self._reap(self.process.pid)
+        while pids := self.pids():  # a child becomes ours when its parent is reaped
+            for pid in pids:
+                self.statuses[pid] = self._reap(pid)
+
+    def stop(self) -> None:
+        """Send SIGTERM to all processes, and wait for their end."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        self.wait_for_end()
+
+    def _reap(self, pid: int) -> int | None:
+        """Wait for a process's end; return its exit status, negative for a signal, or None if its parent took it."""
+        if pid == self.process.pid:
+            return self.process.wait(PATIENCE)
+        wait_for_end(pid)
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except ChildProcessError:  # its parent took it, being alive
+            return None
+
+    def kill(self) -> None:
+        """Leave nothing behind."""
+        while pids := [pid for pid in self.pids() if not _is_zombie(pid)]:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                self._reap(pid)
+        self.process.wait(PATIENCE)
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process, anybody's, has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        assert poll.poll(PATIENCE * 1000), f"process {pid} has not ended"
+    finally:
+        os.close(fd)
+
+
+def _sessions() -> list[tuple[int, int]]:
+    """Return each process with its session (proc(5), stat, field 6)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.append((int(entry.name), int(_stat(int(entry.name))[3])))
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat behind the name: the state first."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return _stat(pid)[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def resources(pid: int) -> dict[str, int]:
+    """Return how many descriptors and threads a process has."""
+    return {kind: len(list(Path(f"/proc/{pid}/{kind}").iterdir())) for kind in ("fd", "task")}
