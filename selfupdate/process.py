@@ -1,0 +1,266 @@
+"""Other programs: start one, wait for it, end it with all that it started.
+
+Each child leads a process group of its own and is killed as that group. It is
+reaped only after the group was killed, so the number of the group is still the
+child's and can't have come to belong to a stranger.
+
+Starting takes a lock, and so does closing a file that was written to be
+executed: between fork(2) and execve(2) a child holds a copy of every open
+descriptor, and the kernel refuses to execute a file that anybody has open for
+writing (ETXTBSY). With the lock, no child is in between when such a file closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from selfupdate.errors import StopRequestedError
+from selfupdate.listener import FIRST_FD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+STARTING = threading.Lock()
+"""Held while a child is between fork and exec, and while a file to be executed is closed."""
+
+LEFTOVER_TIME = 0.2
+"""Seconds from a child's end to that of its output; longer means that another process holds it."""
+
+_HIGH_FD = 64
+"""Descriptors are copied from above here to their places, so that no place is taken while it is still a source."""
+
+_GUARD = 'read -r word <&3 || kill -KILL "-$0"'
+
+# LISTEN_PID has to be the number of a process that does not exist yet. The shell knows its own,
+# and keeps it across exec.
+_WITH_PID = 'export LISTEN_PID=$$; exec "$0" "$@"'
+
+
+def ready(fds: Iterable[int], deadline: float | None) -> set[int]:
+    """Wait until one of `fds` is readable or has ended; return those, none when `deadline` has passed.
+
+    `deadline` is a time of `time.monotonic()`, or None to wait without end.
+    """
+    if sys.platform == "win32":
+        raise OSError("poll needs POSIX")
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+    return {fd for fd, _ in poll.poll(timeout)}
+
+
+def ending(status: int) -> str:
+    """Return how a process ended, in words; a negative `status` is a signal's number."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def watch(pid: int) -> int:
+    """Return a descriptor that is readable when the process `pid` has ended (pidfd_open(2)). Raises OSError."""
+    if sys.platform != "linux":
+        raise OSError("process descriptors need Linux")
+    return os.pidfd_open(pid)
+
+
+class Process:
+    """A child that leads a process group."""
+
+    def __init__(self, pid: int) -> None:
+        """Watch the child `pid`, which has not been reaped."""
+        self.pid = pid
+        self.exit_fd = watch(pid)
+        self.status: int | None = None
+        """The exit status, negative for a signal, or None while it is not reaped."""
+
+    def wait(self, deadline: float) -> bool:
+        """Wait until the child has ended; tell whether it has."""
+        return self.status is not None or bool(ready([self.exit_fd], deadline))
+
+    def terminate(self) -> None:
+        """Tell the group to leave."""
+        self._signal(signal.SIGTERM)
+
+    def end(self, grace: float) -> int:
+        """Let the child leave within `grace` seconds, kill what is left of its group, and reap it.
+
+        Returns the exit status, negative for a signal.
+        """
+        if self.status is None and sys.platform == "linux":
+            self.wait(time.monotonic() + grace)
+            self._signal(signal.SIGKILL)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.forget()
+        assert self.status is not None
+        return self.status
+
+    def forget(self) -> None:
+        """Watch the child no more, and let it be."""
+        if self.exit_fd >= 0:
+            os.close(self.exit_fd)
+            self.exit_fd = -1
+
+    def _signal(self, number: int) -> None:
+        if self.status is None and sys.platform != "win32":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+
+def spawn(arguments: Sequence[str], environ: Mapping[str, str], fds: Sequence[int], *, listeners: int) -> Process:
+    """Start `arguments` with `fds` as its descriptors 3, 4, … of which the first are `listeners` sockets.
+
+    The child keeps this process's directory and standard streams. Raises OSError.
+    """
+    if sys.platform != "linux":
+        raise OSError("passing descriptors needs Linux")
+    import fcntl  # noqa: PLC0415 - POSIX only
+
+    environ = dict(environ)
+    command = list(arguments)
+    if listeners:
+        environ["LISTEN_FDS"] = str(listeners)
+        command = ["/bin/sh", "-c", _WITH_PID, *arguments]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in fds]
+    try:
+        with STARTING:
+            pid = os.posix_spawn(
+                command[0],
+                command,
+                environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate(high, FIRST_FD)],
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
+            )
+    finally:
+        for fd in high:
+            os.close(fd)
+    return Process(pid)
+
+
+class Guard:
+    """Kills a process group when this process dies before it has let go of it.
+
+    A group that was started by a process that is killed would live on, and hold what it inherited.
+    The kernel closes the pipe, and the shell at its other end, which did not get its word, acts.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Guard the group `pid`. Raises OSError."""
+        read, self._write = os.pipe()
+        try:
+            self._shell = spawn(["/bin/sh", "-c", _GUARD, str(pid)], {}, [read], listeners=0)
+        except BaseException:
+            os.close(self._write)
+            raise
+        finally:
+            os.close(read)
+
+    def release(self) -> None:
+        """Let the group live on without this process."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._write, b"\n")
+        os.close(self._write)
+        self._shell.end(LEFTOVER_TIME)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program printed, and how it ended."""
+
+    status: int
+    """The exit status, negative for a signal."""
+    stdout: bytes
+    stderr: bytes
+
+
+class TooSlowError(Exception):
+    """The program had not ended at its deadline."""
+
+
+class TooMuchOutputError(Exception):
+    """The program printed more than it may."""
+
+
+class LeftProcessesError(Exception):
+    """The program ended, and a process that it started still holds its output."""
+
+
+def capture(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    directory: Path,
+    *,
+    time_limit: float,
+    size_limit: int,
+    stop_fd: int,
+) -> Output:
+    """Run `arguments` in `directory`, with nothing to read, and return what it printed.
+
+    Whatever it started is killed with it. Raises OSError where it cannot be executed,
+    TooSlowError after `time_limit` seconds, TooMuchOutputError above `size_limit` bytes of
+    standard output (of standard error, that many are kept), LeftProcessesError, and
+    StopRequestedError when `stop_fd` becomes readable.
+    """
+    with STARTING:
+        child = subprocess.Popen(
+            list(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=directory,
+            env=dict(environ),
+            start_new_session=True,
+            umask=0o077,
+        )
+    process = Process(child.pid)
+    try:
+        stdout, stderr = _read(process, child, time.monotonic() + time_limit, size_limit, stop_fd)
+    finally:
+        child.returncode = process.end(grace=0)
+        for stream in (child.stdout, child.stderr):
+            assert stream is not None
+            stream.close()
+    return Output(child.returncode, stdout, stderr)
+
+
+def _read(
+    process: Process, child: subprocess.Popen[bytes], deadline: float, size_limit: int, stop_fd: int
+) -> tuple[bytes, bytes]:
+    """Read both streams until they end."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    out, err, exited = child.stdout.fileno(), child.stderr.fileno(), process.exit_fd
+    read = {out: bytearray(), err: bytearray()}
+    watched = {out, err, exited}
+    while watched:
+        readable = ready({*watched, stop_fd}, deadline) if time.monotonic() < deadline else set()
+        if stop_fd in readable:
+            raise StopRequestedError("a stop signal arrived")
+        if not readable:
+            raise TooSlowError if exited in watched else LeftProcessesError
+        if exited in readable:
+            watched.discard(exited)
+            deadline = min(deadline, time.monotonic() + LEFTOVER_TIME)
+        for fd in readable & read.keys():
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                watched.discard(fd)
+            read[fd] += chunk if fd == out else chunk[: size_limit - len(read[err])]
+        if len(read[out]) > size_limit:
+            raise TooMuchOutputError
+    return bytes(read[out]), bytes(read[err])
