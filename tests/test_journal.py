@@ -1,0 +1,78 @@
+"""The record of upgrades."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+from service import PATIENCE
+
+from selfupdate.journal import KEPT, Journal, Record
+
+
+def test_a_record_grows_with_its_upgrade() -> None:
+    """Each phase is noted with its time; fields are replaced; the outcome ends it."""
+    journal = Journal()
+    record = journal.begin("1.0.0", "CHOOSING")
+    assert journal.current() == record
+    journal.change(record.id, "STAGING", to_version="1.1.0", name="a", sha256="00")
+    journal.change(record.id, reason="because")
+    ended = journal.change(record.id, "RUNNING", outcome="aborted", ended_at="then")
+    assert journal.current() is None
+    assert journal.get(record.id) == ended
+    assert [phase for phase, _ in ended.timeline] == ["CHOOSING", "STAGING", "RUNNING"]
+    assert ended.as_json()["timeline"][0].keys() == {"phase", "at"}
+    assert (ended.as_json()["from"], ended.as_json()["to"], ended.reason) == ("1.0.0", "1.1.0", "because")
+
+
+def test_a_record_survives_the_way_to_another_process() -> None:
+    """What JSON gives back is the same record."""
+    record = Record("1", "1.0.0", "PROBING", "now", to_version="2.0.0", timeline=(("CHOOSING", "a"), ("PROBING", "b")))
+    assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
+
+
+def test_the_newest_are_kept_and_come_first() -> None:
+    """The history is bounded."""
+    journal = Journal()
+    for number in range(KEPT + 10):
+        journal.put(Record(str(number), "1.0.0", "RUNNING", "", outcome="aborted"))
+    numbers = [int(record.id) for record in journal.records()]
+    assert numbers == list(range(KEPT + 9, 9, -1))
+
+
+def test_only_the_last_try_of_a_release_counts() -> None:
+    """A release that failed and was then committed is no failure any more."""
+    journal = Journal()
+    failed = Record("1", "1.0.0", "RUNNING", "", sha256="00", outcome="aborted", is_fault_of_release=True)
+    journal.put(failed)
+    assert journal.fault_of("00") == failed
+    assert journal.fault_of("01") is None
+    journal.put(Record("2", "1.0.0", "RETIRED", "", sha256="00", outcome="committed"))
+    assert journal.fault_of("00") is None
+
+
+def test_waiting_ends_with_the_outcome_or_with_the_time() -> None:
+    """A waiter is woken by the change that it waits for."""
+    journal = Journal()
+    record = journal.begin("1.0.0", "CHOOSING")
+    assert journal.wait(record.id, lambda record: record.outcome is not None, 0.01) == record
+    ended = threading.Timer(0.05, journal.change, (record.id,), {"outcome": "committed"})
+    ended.start()
+    found = journal.wait(record.id, lambda record: record.outcome is not None, PATIENCE)
+    assert found is not None
+    assert found.outcome == "committed"
+    journal.discard(record.id)
+    assert journal.wait(record.id, lambda _: False, PATIENCE) is None
+
+
+def test_a_follower_sees_every_change_and_all_that_was_before() -> None:
+    """Nothing falls between the history and the news."""
+    journal = Journal()
+    first = journal.begin("1.0.0", "CHOOSING")
+    seen: list[Record] = []
+    follower = seen.append
+    assert list(journal.follow(follower)) == [first]
+    second = journal.change(first.id, "STAGING")
+    journal.unfollow(follower)
+    journal.change(first.id, "STARTING")
+    assert seen == [second]
