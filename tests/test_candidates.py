@@ -1,0 +1,249 @@
+"""Candidates: which files are, what is thought of each, and which is chosen."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from programs import shell, write_program
+
+from selfupdate import versions
+from selfupdate.candidates import Candidate, Scanner
+from selfupdate.errors import CandidateError, NoSuchCandidateError, NotEligibleError, ScanError, StartError
+from selfupdate.journal import Journal, Record
+from selfupdate.releases import Store
+from selfupdate.settings import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Make an upgrade directory."""
+    path = tmp_path / "upgrades"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Make a store of releases."""
+    return Store(tmp_path / "state", 10000)
+
+
+@pytest.fixture
+def scanner(directory: Path, store: Store) -> Iterator[Callable[..., Scanner]]:
+    """Make scanners for a running version, 1.0.0 unless another is given."""
+    stop_out, stop_in = socket.socketpair()
+
+    def make(running: str = "1.0.0", allow: str | None = None, journal: Journal | None = None) -> Scanner:
+        return Scanner(
+            directory,
+            store,
+            running=versions.parse(running),
+            allow=versions.parse_specifiers(allow) if allow else None,
+            fault_of=(journal or Journal()).fault_of,
+            stop_fd=stop_out.fileno(),
+            limits=Limits(),
+        )
+
+    with stop_out, stop_in:
+        yield make
+
+
+def _reasons(candidates: list[Candidate]) -> dict[str, str | None]:
+    return {candidate.name: candidate.reason for candidate in candidates}
+
+
+def test_the_greatest_is_chosen_and_each_other_has_its_reason(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """The list begins with the chosen one, and goes on from the greatest to the least."""
+    for name, version in {
+        "a": "1.1.0",
+        "b": "1.10.0",
+        "c": "1.9.0",
+        "d": "1.0.0",
+        "e": "0.9.0",
+        "f": "1.10.0-rc.1",
+    }.items():
+        shell(directory / name, version, "")
+    found = scanner().scan()
+    assert _reasons(found) == {
+        "b": None,
+        "f": "1.10.0 is chosen before it",
+        "c": "1.10.0 is chosen before it",
+        "a": "1.10.0 is chosen before it",
+        "d": "1.0.0 is the version that runs",
+        "e": "0.9.0 is older than 1.0.0, which runs",
+    }
+    assert [candidate.name for candidate in found] == ["b", "f", "c", "a", "d", "e"]
+    chosen = scanner().choose()
+    assert chosen is not None
+    assert chosen.name == "b"
+
+
+def test_what_is_no_candidate_is_not_listed(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """Hidden files, files under way, signatures, folders, pipes, sockets, devices' links, and links to nowhere."""
+    for name in (".hidden", "a.part", "a.tmp", "a.new", "a.sig", "a.asc", "a.minisig", "a~"):
+        shell(directory / name, "2.0.0", "")
+    (directory / "folder").mkdir()
+    os.mkfifo(directory / "pipe", 0o777)
+    (directory / "device").symlink_to("/dev/zero")
+    (directory / "nowhere").symlink_to("nothing")
+    (directory / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "socket"))
+        assert scanner().scan() == []
+        assert scanner().choose() is None
+
+
+def test_a_symbolic_link_counts_as_its_target(directory: Path, tmp_path: Path, scanner: Callable[..., Scanner]) -> None:
+    """It is a candidate under its own name."""
+    shell(tmp_path / "program", "2.0.0", "")
+    (directory / "link").symlink_to(tmp_path / "program")
+    (candidate,) = scanner().scan()
+    assert (candidate.name, candidate.eligible) == ("link", True)
+
+
+def test_a_file_that_is_no_program_is_listed_with_the_reason(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """An operator who forgot something is told what."""
+    (directory / "unmarked").write_text("#!/bin/sh\necho 2.0.0\n", encoding="utf-8")
+    write_program(directory / "large", b"#!/bin/sh\n" + b"#" * 10000)
+    assert _reasons(scanner().scan()) == {
+        "unmarked": "is not executable; chmod +x makes it a candidate",
+        "large": "has 10010 bytes; at most 10000 are taken",
+    }
+
+
+def test_names_are_shown_escaped(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """A name can hold anything but a slash: what can't be printed is escaped, and asking by the shown name works."""
+    shell(directory / "a\n\x1b[31m\u202eb", "2.0.0", "")
+    (candidate,) = scanner().scan()
+    shown = candidate.as_json()["name"]
+    assert shown == "a\\n\\x1b[31m\\u202eb"
+    named = scanner().choose("a\\n\\x1b[31m\\u202eb")
+    assert named == candidate
+
+
+def test_allow_narrows_the_choice(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """What the specifiers do not take is listed with them."""
+    for name, version in {"a": "1.2.0", "b": "2.0.0"}.items():
+        shell(directory / name, version, "")
+    assert _reasons(scanner(allow=">=1.2,<2").scan()) == {"a": None, "b": "2.0.0 is not allowed by -allow <2,>=1.2"}
+
+
+def test_a_name_that_is_not_there_or_not_eligible(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """Asking for one by name says why it can't be had."""
+    shell(directory / "old", "0.9.0", "")
+    with pytest.raises(NoSuchCandidateError, match="new is not in "):
+        scanner().choose("new")
+    with pytest.raises(NotEligibleError, match=r"old cannot be upgraded to: 0\.9\.0 is older than 1\.0\.0, which runs"):
+        scanner().choose("old")
+
+
+def test_a_lesser_one_can_be_asked_for_by_name(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """Not being the greatest is no fault."""
+    for name, version in {"a": "1.2.0", "b": "2.0.0"}.items():
+        shell(directory / name, version, "")
+    chosen = scanner().choose("a")
+    assert chosen is not None
+    assert (chosen.name, chosen.reason) == ("a", None)
+
+
+def test_a_release_that_failed_is_passed_over(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """By its digest, whatever its name, until it is asked for; the next greatest is taken instead."""
+    for name, version in {"a": "1.2.0", "b": "2.0.0"}.items():
+        shell(directory / name, version, "")
+    journal = Journal()
+    digest = scanner().scan()[0].as_json()["sha256"]
+    assert isinstance(digest, str)
+    journal.put(
+        Record(
+            "1", "1.0.0", "RUNNING", "", sha256=digest, outcome="aborted", reason="no good", is_fault_of_release=True
+        )
+    )
+    shell(directory / "c", "2.0.0", "")  # the same bytes
+    found = _reasons(scanner(journal=journal).scan())
+    why = "failed before (no good); ask for it by name to try it again"
+    assert found == {"a": None, "b": why, "c": why}
+    chosen = scanner(journal=journal).choose("c")
+    assert chosen is not None
+    assert chosen.name == "c"
+
+
+def test_a_version_is_asked_once(directory: Path, tmp_path: Path, scanner: Callable[..., Scanner]) -> None:
+    """Answers are remembered by digest; a failure is asked again when an upgrade is."""
+    log = tmp_path / "log"
+    write_program(directory / "good", f"#!/bin/sh\necho good >> {log}\necho 2.0.0\n".encode())
+    write_program(directory / "bad", f"#!/bin/sh\necho bad >> {log}\nexit 1\n".encode())
+    one = scanner()
+    one.scan()
+    one.scan()
+    assert sorted(log.read_text(encoding="utf-8").split()) == ["bad", "good"]
+    one.choose()
+    assert sorted(log.read_text(encoding="utf-8").split()) == ["bad", "bad", "good"]
+
+
+def test_a_version_is_asked_in_a_clean_place(directory: Path, tmp_path: Path, scanner: Callable[..., Scanner]) -> None:
+    """An own empty directory that is removed, a clean environment, nothing on standard input."""
+    log = tmp_path / "log"
+    os.environ["SELF_UPDATE_TEST"] = "leaks"
+    write_program(directory / "a", f"#!/bin/sh\n{{ env; pwd; ls -A; cat; }} > {log}\ntouch left\necho 2.0.0\n".encode())
+    scanner().scan()
+    del os.environ["SELF_UPDATE_TEST"]
+    lines = log.read_text(encoding="utf-8").splitlines()
+    names = {line.partition("=")[0] for line in lines if "=" in line}
+    assert names <= {
+        "PATH",
+        "LANG",
+        "LC_ALL",
+        "TZ",
+        "HOME",
+        "PYTHONNOUSERSITE",
+        "PYTHONDONTWRITEBYTECODE",
+        "PWD",
+        "OLDPWD",
+    }
+    assert lines[-1].startswith(str(tmp_path / "state"))
+    assert [entry.name for entry in (tmp_path / "state" / "releases").iterdir() if entry.name.startswith(".")] == []
+
+
+def test_an_upgrade_directory_that_cannot_be_read(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """The text names it and what to do."""
+    directory.rmdir()
+    with pytest.raises(ScanError, match=r"upgrades cannot be read: No such file or directory\. Make it"):
+        scanner().scan()
+
+
+def test_what_runs_is_a_private_copy(directory: Path, store: Store) -> None:
+    """The candidate may change or go: the copy does not, and has the digest of its content as its place."""
+    source = shell(directory / "a", "2.0.0", "")
+    release = store.stage(source)
+    content = source.read_bytes()
+    source.write_bytes(b"evil")
+    assert release.path.read_bytes() == content
+    assert release.path.parent.name == release.sha256
+    assert release.path.stat().st_mode & 0o777 == 0o500
+    with pytest.raises(CandidateError, match="a was changed after it had been chosen"):
+        store.confirm(release)
+    source.unlink()
+    with pytest.raises(CandidateError, match="a was removed after it had been chosen"):
+        store.confirm(release)
+
+
+def test_a_release_is_copied_once(directory: Path, store: Store) -> None:
+    """The same file is not read again; one that was written anew is."""
+    source = shell(directory / "a", "2.0.0", "")
+    assert store.stage(source) is store.stage(source)
+    shell(directory / "a", "2.0.1", "")
+    assert store.stage(source).path.read_bytes() == source.read_bytes()
+
+
+def test_a_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    """The service does not start, and says which flag helps."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StartError, match="give another one with -state-dir"):
+        Store(tmp_path / "file" / "state", 1)
