@@ -1,0 +1,216 @@
+"""What a successor knows of its incumbent: stand by, and take over when asked.
+
+The incumbent is whoever started this process with `-upgrade true`. One of this
+program passes the listening socket and a channel; one that speaks the plain
+protocol alone passes neither, and its end is seen by its process.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from selfupdate import listener as listeners
+from selfupdate import notify, process
+from selfupdate.errors import IllegalTransitionError, StartError
+from selfupdate.journal import Record, now
+from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.messages import Request, Response, goes_by, json_response, problem
+from selfupdate.server import Server
+from selfupdate.successor import HANDOVER_FD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableMapping
+
+    from selfupdate.journal import Journal
+    from selfupdate.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_HELLO_TIME = 5.0
+_THREADS = 2
+"""Of the temporary server: the incumbent asks one thing at a time."""
+_MESSAGE_SIZE = 1 << 18
+_FROM_BROWSERS = ("origin", "referer", "cookie", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
+
+
+class Incumbent:
+    """The process that started this one."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        """Take what was passed on out of `environ`. Raises StartError where it is not what it should be."""
+        self.generation = 1
+        self.secret = ""
+        self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
+        self._channel: socket.socket | None = None
+        self._parent = os.getppid()
+        fd = environ.pop(HANDOVER_FD, None)
+        if fd is None:
+            return
+        try:
+            self._channel = socket.socket(fileno=int(fd))
+            os.set_inheritable(self._channel.fileno(), False)
+            self._channel.settimeout(_HELLO_TIME)
+            hello = json.loads(self._channel.recv(_MESSAGE_SIZE))
+            self.generation = int(hello["generation"])
+            self.secret = str(hello["secret"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StartError(f"{HANDOVER_FD}={fd} is not an incumbent's channel: {error!r}") from error
+        self._channel.settimeout(None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it speaks the plain protocol alone."""
+        return self._channel is None
+
+    def announce(self, **fields: str) -> None:
+        """Tell it how this process stands (sd_notify(3))."""
+        notify.send(self._notify, **fields)
+
+    def follow(self, on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
+        """Call `on_message` with all that it says, and `on_gone` once, when its process has ended."""
+        target = self._follow_process if self._channel is None else self._follow_channel
+        threading.Thread(target=target, args=(on_message, on_gone), name="incumbent", daemon=True).start()
+
+    def _follow_channel(self, on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
+        assert self._channel is not None
+        with self._channel:
+            try:
+                while message := self._channel.recv(_MESSAGE_SIZE):
+                    on_message(json.loads(message))
+            except ConnectionError:
+                pass  # it was killed with words of ours unread
+        on_gone()
+
+    def _follow_process(self, _on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
+        try:
+            fd = process.watch(self._parent)
+        except ProcessLookupError:
+            pass
+        else:
+            process.ready([fd], None)
+            os.close(fd)
+        on_gone()
+
+
+class Standby:
+    """The temporary server, the moment of taking over, and the trial after it."""
+
+    def __init__(  # noqa: PLR0913 - each is a noun of its own, given once by the composition root
+        self,
+        incumbent: Incumbent,
+        *,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        journal: Journal,
+        inherited: socket.socket | None,
+        health: Callable[[], Response],
+        accept: Callable[[socket.socket], None],
+        on_settled: Callable[[], None],
+    ) -> None:
+        """Take over by having the service `accept` on the `inherited` listener, or on one that is bound then.
+
+        `on_settled` is called when the process is RUNNING or RETIRED.
+        """
+        self._incumbent = incumbent
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._journal = journal
+        self._inherited = inherited
+        self._health = health
+        self._accept = accept
+        self._on_settled = on_settled
+        self._lock = threading.Lock()
+        self._temporary = Server("standby", self._respond, replace(settings.limits, threads=_THREADS))
+
+    def begin(self) -> None:
+        """Listen on the temporary address, and say so. Raises StartError."""
+        self._temporary.accept(listeners.bind(self._settings.upgrade_bind))
+        self._incumbent.follow(self._take_message, self._incumbent_gone)
+        shares = {"X_SELF_UPDATE": "1"} if self._inherited and not self._incumbent.is_plain else {}
+        self._incumbent.announce(READY="1", STATUS="standing by", **shares)
+        _log.info("standing by", extra={"upgrade_bind": str(self._settings.upgrade_bind)})
+
+    def end(self) -> None:
+        """Give the temporary address back."""
+        self._temporary.close(self._settings.limits.linger_time)
+        listeners.remove(self._settings.upgrade_bind)
+
+    def _respond(self, request: Request) -> Response:  # noqa: PLR0911 - each refusal has its own words
+        if not goes_by(request.headers.get("host"), {self._settings.upgrade_bind.host.lower()}):
+            return problem(421, "This successor does not go by that name; call it by its address.")
+        if request.path == "/healthz":
+            return self._health()
+        if request.path != "/replace":
+            return problem(404, "This is a successor that stands by: it has GET /healthz and GET /replace.")
+        if request.method != "GET":
+            return problem(405, "Ask with GET.", Allow="GET")
+        # The contract makes this a GET, which a web page can send: a browser tells itself by its headers.
+        if any(name in request.headers for name in _FROM_BROWSERS):
+            return problem(403, "Only the incumbent may ask for this, and no browser.")
+        proof = request.headers.get("authorization", "").encode("latin-1")
+        if self._incumbent.secret and not hmac.compare_digest(proof, f"Bearer {self._incumbent.secret}".encode()):
+            return problem(403, "Only the incumbent, which handed a secret over, may ask for this.")
+        with self._lock:
+            return self._take_over()
+
+    def _take_over(self) -> Response:
+        if self._lifecycle.phase is not Phase.STANDBY:
+            return problem(409, f"This process does not stand by any more: it is {self._lifecycle.phase}.")
+        try:
+            listener = self._inherited or self._bind(time.monotonic() + self._settings.limits.rebind_time)
+            self._lifecycle.step(Event.REPLACE)
+        except StartError as error:
+            return problem(503, f"{error}.")
+        except IllegalTransitionError as error:  # a stop came first
+            return problem(409, f"This process does not stand by any more: it is {error.phase}.")
+        self._accept(listener)
+        _log.info("took over")
+        if self._incumbent.is_plain:  # nobody watches, and nobody will bless
+            self._settle(Event.BLESSED)
+        return json_response({"status": "ok", "pid": os.getpid()})
+
+    def _bind(self, deadline: float) -> socket.socket:
+        """Bind the address that a plain incumbent gives up, perhaps only after it has asked.
+
+        Nothing tells when an address is free: it is tried again until `deadline`.
+        """
+        while True:
+            try:
+                return listeners.bind(self._settings.bind)
+            except StartError:
+                if time.monotonic() >= deadline:
+                    raise
+            process.ready([], min(deadline, time.monotonic() + self._settings.limits.poll_interval))
+
+    def _take_message(self, message: Mapping[str, Any]) -> None:
+        if "record" in message:
+            self._journal.put(Record.from_json(message["record"]))
+        elif "blessed" in message:
+            self._settle(Event.BLESSED)
+
+    def _incumbent_gone(self) -> None:
+        with self._lock:
+            if self._lifecycle.phase not in {Phase.STANDBY, Phase.TRIAL}:
+                return
+            _log.warning("the incumbent has gone without a blessing", extra={"phase": self._lifecycle.phase})
+            current = self._journal.current()
+            if current is not None:
+                reason = "the old version ended before the trial did; the new one serves on"
+                self._journal.change(current.id, outcome="interrupted", reason=reason, ended_at=now())
+            self._settle(Event.ORPHANED)
+
+    def _settle(self, event: Event) -> None:
+        try:
+            phase = self._lifecycle.step(event)
+        except IllegalTransitionError:
+            return  # a stop came first
+        _log.info("settled", extra={"phase": phase})
+        self._on_settled()

@@ -1,0 +1,356 @@
+"""What an incumbent knows of its successor, and the only place that starts one.
+
+Towards its successor the incumbent plays the service manager: it passes the
+listening socket (sd_listen_fds(3)), takes readiness (sd_notify(3)), and keeps a
+channel open, on which the successor learns what is nobody else's business and,
+by the channel's end, that the incumbent has gone.
+
+A successor that says `X_SELF_UPDATE=1` serves on the socket that it inherited:
+the full protocol. Any other is a plain one, which wants to bind the address by
+itself; it can't while it holds a copy of the listening socket without knowing,
+so it is started once more without it. Until then nothing has happened to the
+service, and a plain successor does nothing before it is asked to.
+
+Each wait is for all that can happen at once: what it waits for, the successor's
+words, its death, and a stop. Only what can't announce itself is looked at again
+and again: a plain successor's temporary server, and health.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import io
+import json
+import logging
+import secrets
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from selfupdate import process, versions
+from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
+from selfupdate.listener import FIRST_FD, Address, connect
+from selfupdate.notify import Receiver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from _typeshed import WriteableBuffer
+
+    from selfupdate.journal import Record
+    from selfupdate.releases import Release
+    from selfupdate.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
+"""The variable that names the channel's descriptor in the successor."""
+
+_ANSWER_SIZE = 65536
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
+"""Errors of starting a process that are no fault of the program."""
+_OUR_MANAGERS = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+"""Variables by which this process's own service manager speaks to it, and to no child."""
+
+
+class _NoAnswerError(SuccessorError):
+    """It lives, and does not answer a question."""
+
+
+class _Answer(io.RawIOBase):
+    """What it answers, within one deadline for the whole of it, and given up for whatever else happens."""
+
+    def __init__(self, successor: Successor, connection: socket.socket, deadline: float, doing: str) -> None:
+        self._successor = successor
+        self._connection = connection
+        self._deadline = deadline
+        self._doing = doing
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return what http.client reads an answer from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        if not self._successor.wait(self._deadline, self._doing, self._connection.fileno()):
+            raise TimeoutError
+        count: int = self._connection.recv_into(buffer)
+        return count
+
+
+class Successor:
+    """A running successor, from its start to the blessing or the end."""
+
+    def __init__(
+        self, release: Release, version: str, settings: Settings, bind: Address, upgrade_bind: Address
+    ) -> None:
+        """Prepare to start `release`, which said that it is `version`, for the addresses given."""
+        self.shares_listener = False
+        """Whether it serves on the inherited socket."""
+        self._release = release
+        self._version = version
+        self._settings = settings
+        self._limits = settings.limits
+        self._bind = bind
+        self._upgrade_bind = upgrade_bind
+        self._secret = secrets.token_urlsafe(32)
+        self._process: process.Process | None = None
+        self._channel: socket.socket | None = None
+        self._guard: process.Guard | None = None
+        self._is_ready = False
+        self._announces_until: float | None = None
+        self._is_deaf = False
+
+    def start(self, listener: socket.socket | None, generation: int, environ: Mapping[str, str], stop_fd: int) -> None:
+        """Start it; with `listener`, as a successor that may share it. Raises SuccessorError or UpgradeError.
+
+        A wait ends with StopRequestedError when `stop_fd` becomes readable.
+        """
+        self._stop_fd = stop_fd
+        try:
+            self._notifications = Receiver()
+            self._channel, theirs = _channel()
+        except OSError as error:
+            raise UpgradeError(f"this machine cannot start a successor: {error}") from error
+        self._channel.settimeout(self._limits.announce_time)
+        self._tell({"generation": generation, "secret": self._secret, "program": str(self._release.path)})
+        passed = [listener.fileno()] if listener else []
+        environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
+        environ |= self._settings.environment()
+        environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(FIRST_FD + len(passed))}
+        if passed:
+            environ["LISTEN_FDNAMES"] = "http"
+        command = [
+            str(self._release.path),
+            "-upgrade",
+            "true",
+            "-upgrade-bind",
+            str(self._upgrade_bind),
+            "-bind",
+            str(self._bind),
+        ]
+        try:
+            self._process = process.spawn(command, environ, [*passed, theirs.fileno()], listeners=len(passed))
+            self._guard = process.Guard(self._process.pid)
+        except OSError as error:
+            kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError
+            raise kind(f"{self._release.name} cannot be executed: {error.strerror}") from error
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def wait_for_standby(self) -> None:
+        """Wait until it stands by, then say by `shares_listener` of which kind it is.
+
+        Raises SuccessorError where it ends or is not there in time.
+        """
+        doing = "before it stood by"
+        deadline = time.monotonic() + self._settings.standby
+        while not self._is_ready:
+            if time.monotonic() >= deadline:
+                raise SuccessorError(f"did not stand by within {self._settings.standby:g} s")
+            self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), doing)
+            if self._is_plain(deadline, doing):
+                return
+
+    def probe(self) -> None:
+        """Check on its temporary server that it is the right version, the right process, and healthy.
+
+        Raises SuccessorError. A plain successor has nothing to be asked.
+        """
+        if not self.shares_listener:
+            return
+        deadline = time.monotonic() + self._limits.replace_time
+        status, health = self._get(self._upgrade_bind, "/healthz", deadline, "when it was probed")
+        if status != http.client.OK:
+            raise SuccessorError(f"is not healthy: it answered {status} when it was probed")
+        if health.get("pid") != self.pid:
+            raise SuccessorError(
+                f"is process {self.pid}, and what answers on {self._upgrade_bind} is process {health.get('pid')!r}"
+            )
+        if not self._is_own_version(health.get("version")):
+            raise SuccessorError(f"says {health.get('version')!r} when it runs, and said {self._version} to -version")
+
+    def _is_own_version(self, said: object) -> bool:
+        try:
+            return versions.parse(str(said)) == versions.parse(self._version)
+        except VersionError:
+            return False
+
+    def replace(self) -> None:
+        """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
+        self._release_guard()
+        deadline = time.monotonic() + self._limits.replace_time
+        doing = "when it was to take over"
+        status, answer = self._get(
+            self._upgrade_bind, "/replace", deadline, doing, {"Authorization": f"Bearer {self._secret}"}
+        )
+        if status != http.client.OK:
+            detail = f": {answer['detail']}" if isinstance(answer.get("detail"), str) else ""
+            raise SuccessorError(f"did not take over: it answered {status}{detail}")
+        if not self.shares_listener:
+            self._wait_until_bound(time.monotonic() + self._limits.rebind_time)
+
+    def watch(self, seconds: float) -> None:
+        """Watch its process and its health on the service's address. Raises SuccessorError."""
+        doing = "on trial"
+        end = time.monotonic() + seconds
+        while True:
+            deadline = time.monotonic() + self._limits.health_time
+            status, health = self._get(self._bind, "/healthz", deadline, doing)
+            if status >= http.client.INTERNAL_SERVER_ERROR:
+                raise SuccessorError(f"is not healthy: it answered {status} on trial")
+            if health.get("pid", self.pid) != self.pid:
+                raise SuccessorError(f"does not serve on {self._bind}: process {health['pid']!r} does")
+            if time.monotonic() >= end:
+                return
+            self.wait(min(end, time.monotonic() + self._limits.health_interval), doing)
+
+    def show(self, record: Record) -> None:
+        """Tell it how the upgrade goes."""
+        self._tell({"record": record.as_json()})
+
+    def bless(self) -> None:
+        """Tell it that it is there to stay, and let go of it."""
+        self._tell({"blessed": True})
+        self._forget()
+
+    def terminate(self) -> None:
+        """Tell it to leave."""
+        if self._process:
+            self._process.terminate()
+
+    def end(self, grace: float) -> None:
+        """Let it leave within `grace` seconds, and kill what is left of its process group."""
+        if self._process:
+            status = self._process.end(grace)
+            _log.info("the successor %s", process.ending(status), extra={"successor": self.pid})
+        self._forget()
+
+    def _release_guard(self) -> None:
+        if self._guard:
+            self._guard.release()
+            self._guard = None
+
+    def _forget(self) -> None:
+        self._release_guard()
+        if self._channel:
+            self._channel.close()
+            self._notifications.close()
+        if self._process:
+            self._process.forget()
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        assert self._channel is not None
+        if self._is_deaf:
+            self._channel.setblocking(False)
+        try:
+            self._channel.send(json.dumps(message).encode())
+        except OSError as error:
+            # It has gone, which is told otherwise, or does not read, which it need not: no more waiting for it.
+            self._is_deaf = error.errno != errno.EMSGSIZE
+
+    def wait(self, deadline: float, doing: str, fd: int | None = None) -> bool:
+        """Wait until `fd` is readable or `deadline` has passed, and take the news meanwhile; tell whether `fd` is.
+
+        Raises SuccessorError when the successor ends, StopRequestedError when a stop is asked for.
+        """
+        assert self._process is not None
+        fds = {self._process.exit_fd, self._notifications.fileno(), self._stop_fd} | ({fd} if fd is not None else set())
+        while (ready := process.ready(fds, deadline)) and time.monotonic() < deadline:
+            if self._stop_fd in ready:
+                raise StopRequestedError("a stop signal arrived")
+            self._take_notifications()
+            if fd in ready:
+                return True
+            if self._process.exit_fd in ready:
+                raise SuccessorError(f"{process.ending(self._process.end(0))} {doing}")
+            if fd is None and self._is_ready:
+                return False
+        return False
+
+    def _take_notifications(self) -> None:
+        while (fields := self._notifications.receive(self.pid)) is not None:
+            if fields.get("X_SELF_UPDATE_STOP") == "1":
+                raise StopRequestedError("a stop signal arrived at the successor")
+            if fields.get("X_SELF_UPDATE") == "1":
+                self.shares_listener = True
+            if fields.get("READY") == "1":
+                self._is_ready = True
+
+    def _is_plain(self, deadline: float, doing: str) -> bool:
+        """Tell whether it stands by without having announced itself."""
+        if self._is_ready:
+            return False
+        if self._announces_until is not None:
+            return time.monotonic() >= self._announces_until
+        try:
+            connect(self._upgrade_bind, self._limits.poll_interval).close()
+        except OSError:
+            return False
+        try:
+            _, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
+        except _NoAnswerError:  # it serves, and need not know that path
+            return True
+        if health.get("pid") != self.pid:
+            return True
+        # One that answers so may speak the full protocol, and its announcement be under way.
+        self._announces_until = time.monotonic() + self._limits.announce_time
+        return False
+
+    def _wait_until_bound(self, deadline: float) -> None:
+        while True:
+            try:
+                connect(self._bind, self._limits.replace_time).close()
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise SuccessorError(
+                        f"did not take over: it said so, and does not listen on {self._bind}: {error.strerror}"
+                    ) from None
+            else:
+                return
+            self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), "after it was to take over")
+
+    def _get(
+        self, address: Address, path: str, deadline: float, doing: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return the status and the JSON object (or none) that GET `path` answers. Raises SuccessorError."""
+        fields = {"Host": "localhost", "Connection": "close", **(headers or {})}
+        request = f"GET {path} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in fields.items()) + "\r\n"
+        try:
+            with connect(address, max(0.001, deadline - time.monotonic())) as connection:
+                connection.sendall(request.encode("latin-1"))
+                connection.setblocking(False)
+                response = http.client.HTTPResponse(_Answer(self, connection, deadline, doing), method="GET")  # type: ignore[arg-type]
+                response.begin()
+                body = response.read(_ANSWER_SIZE)
+        except TimeoutError:
+            raise _NoAnswerError(f"did not answer GET {path} {doing} in time") from None
+        except (OSError, http.client.HTTPException) as error:
+            self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
+            what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}") from None
+        try:
+            value = json.loads(body)
+        except ValueError:
+            value = None
+        return response.status, value if isinstance(value, dict) else {}
+
+
+def _channel() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a channel of messages.
+
+    Not of bytes: a message that does not fit is dropped whole, and never cut.
+    """
+    if sys.platform == "win32":
+        raise OSError("inheriting a channel needs POSIX")
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,0 +1,306 @@
+"""Drives an upgrade: ask the machine, write it down, then act; and undo what failed.
+
+One at a time. Choosing happens in the thread that asks, since its outcome is the
+answer; the rest has a thread of its own. Every failure is raised, and one place
+decides what becomes of it (`_drive`): before REPLACING the incumbent has never
+stopped serving and merely ends the successor; from then on it first accepts
+again on the listener that it kept, and only then ends the successor, which may
+still have requests to answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from selfupdate import listener as listeners
+from selfupdate.errors import (
+    ChoiceError,
+    IllegalTransitionError,
+    NotEligibleError,
+    NotNowError,
+    SelfUpdateError,
+    StartError,
+    StopRequestedError,
+    SuccessorError,
+    UpgradeError,
+    UpgradeUnderWayError,
+)
+from selfupdate.journal import now
+from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.process import ready
+from selfupdate.successor import Successor
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from selfupdate.candidates import Candidate, Scanner
+    from selfupdate.journal import Journal, Record
+    from selfupdate.listener import Address
+    from selfupdate.releases import Store
+    from selfupdate.server import Server
+    from selfupdate.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+class Upgrader:
+    """Upgrades this service, when asked."""
+
+    def __init__(  # noqa: PLR0913 - each is a noun of its own, given once by the composition root
+        self,
+        *,
+        version: str,
+        generation: int,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        journal: Journal,
+        scanner: Scanner,
+        store: Store,
+        server: Server,
+        stop: tuple[socket.socket, socket.socket],
+        on_retired: Callable[[], None],
+        on_stop: Callable[[], None],
+    ) -> None:
+        """Call `on_retired` when a successor has taken over for good, `on_stop` when it was told to stop.
+
+        Of the pair `stop`, the first becomes readable when this process is to stop: each wait ends with it.
+        """
+        self._version = version
+        self._generation = generation
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._journal = journal
+        self._scanner = scanner
+        self._store = store
+        self._server = server
+        self._on_retired = on_retired
+        self._on_stop = on_stop
+        self._bind = settings.bind
+        self._listener: socket.socket | None = None
+        self._successor: Successor | None = None
+        self._claim_lock = threading.Lock()
+        self.is_stopping = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._stop_out, self._stop_in = stop
+
+    def serve_on(self, listener: socket.socket) -> None:
+        """Remember what the service listens on, to hand it over."""
+        self._listener = listener
+        self._bind = listeners.address_of(listener, self._settings.bind)
+
+    @property
+    def bind(self) -> Address:
+        """The address of the service, with the port that it really has."""
+        return self._bind
+
+    def request(self, name: str | None = None) -> Record | None:
+        """Begin an upgrade, to the candidate `name` or to the greatest; return its record, or None if nothing is newer.
+
+        Raises UpgradeUnderWayError, NotNowError, NoSuchCandidateError, NotEligibleError or ScanError.
+        """
+        record = self._claim()
+        try:
+            if name is not None:
+                self._journal.change(record.id, name=name)
+            candidate = self._scanner.choose(name)
+            if candidate is None:
+                self._journal.discard(record.id)
+                with self._claim_lock:
+                    self._lifecycle.step(Event.UP_TO_DATE)
+                    self._idle.set()
+                return None
+            self._raise_if_stopping()
+        except BaseException as error:
+            self._fail(record.id, error)
+            if isinstance(error, NotEligibleError):
+                error.upgrade_id = record.id
+            elif isinstance(error, ChoiceError):
+                self._journal.discard(record.id)  # nothing was there to be upgraded to
+            raise
+        threading.Thread(target=self._drive, args=(record.id, candidate), name="upgrade", daemon=True).start()
+        return record
+
+    def stop(self) -> None:
+        """Take no more requests; end an upgrade that is under way, and its successor."""
+        with self._claim_lock:
+            self.is_stopping = True
+        self._stop_in.send(b"\0")
+        self._idle.wait()
+
+    def _claim(self) -> Record:
+        with self._claim_lock:
+            if self.is_stopping:
+                raise NotNowError("The service is stopping: ask again when it has started.")
+            current = self._journal.current()
+            if current is None:  # a trial that has been committed ends as soon as the incumbent's word arrives
+                self._lifecycle.wait_while(Phase.TRIAL, self._settings.limits.replace_time)
+            try:
+                phase = self._lifecycle.step(Event.UPGRADE)
+            except IllegalTransitionError as error:
+                current = current or self._journal.current()
+                if current is not None:
+                    raise UpgradeUnderWayError(current.id) from None
+                raise NotNowError(f"This process is {error.phase}: ask again, over a new connection.") from None
+            self._idle.clear()
+            return self._journal.begin(self._version, phase)
+
+    def _drive(self, upgrade_id: str, candidate: Candidate) -> None:
+        """Go through the upgrade, and decide what becomes of a failure."""
+        try:
+            self._go_through(upgrade_id, candidate)
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the service must serve on
+            self._fail(upgrade_id, error)
+            return
+        self._idle.set()
+        self._server.wait_until_empty()
+        self._on_retired()
+
+    def _go_through(self, upgrade_id: str, candidate: Candidate) -> None:
+        assert candidate.release is not None
+        assert candidate.version is not None
+        release, version = candidate.release, str(candidate.version)
+        self._step(upgrade_id, Event.CHOSEN, to_version=version, name=release.name, sha256=release.sha256)
+        self._store.confirm(release)
+
+        self._step(upgrade_id, Event.STAGED)
+        successor = self._start(candidate)
+        follower = successor.show
+        for record in self._journal.follow(follower):
+            successor.show(record)
+        try:
+            self._step(upgrade_id, Event.ANNOUNCED)
+            successor.probe()
+
+            self._step(upgrade_id, Event.PROBED)
+            self._hand_over(successor)
+
+            self._step(upgrade_id, Event.REPLACED)
+            successor.watch(self._settings.probation)
+
+            self._step(upgrade_id, Event.BLESSED, outcome="committed", ended_at=now())
+        finally:
+            self._journal.unfollow(follower)
+        successor.bless()
+
+    def _start(self, candidate: Candidate) -> Successor:
+        """Start the successor and wait until it stands by."""
+        assert candidate.release is not None
+        try:
+            upgrade_bind = listeners.vacant(self._settings.upgrade_bind)
+        except OSError as error:
+            raise UpgradeError(
+                f"the temporary address {self._settings.upgrade_bind} cannot be used: {error.strerror}; "
+                "stop what listens there, or give another one with -upgrade-bind"
+            ) from error
+        successor = self._spawn(candidate, upgrade_bind, self._listener)
+        if not successor.shares_listener:
+            _log.info("the successor speaks the plain protocol, and is started again without the listener")
+            successor.terminate()
+            successor.end(self._settings.limits.kill_time)
+            successor = self._spawn(candidate, upgrade_bind, None)
+        return successor
+
+    def _spawn(self, candidate: Candidate, upgrade_bind: Address, listener: socket.socket | None) -> Successor:
+        assert candidate.release is not None
+        successor = Successor(candidate.release, str(candidate.version), self._settings, self._bind, upgrade_bind)
+        self._successor = successor
+        successor.start(listener, self._generation + 1, os.environ, self._stop_out.fileno())
+        _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
+        successor.wait_for_standby()
+        return successor
+
+    def _hand_over(self, successor: Successor) -> None:
+        """Stop accepting, and let the successor accept."""
+        if successor.shares_listener:
+            self._server.pause(self._settings.drain)
+        else:
+            self._server.release(self._settings.drain)
+        successor.replace()
+
+    def _step(self, upgrade_id: str, event: Event, **fields: Any) -> None:
+        """Ask the machine, then write it down."""
+        phase = self._lifecycle.step(event)
+        record = self._journal.change(upgrade_id, phase, **fields)
+        fields = {"upgrade": upgrade_id, "phase": phase, "to": record.to_version, "outcome": record.outcome}
+        if record.reason is None:
+            _log.info("upgrade", extra=fields)
+        else:
+            _log.warning("upgrade", extra={**fields, "candidate": record.name, "reason": record.reason})
+
+    def _fail(self, upgrade_id: str, error: BaseException) -> None:
+        """Undo an upgrade, or stop with it."""
+        if isinstance(error, StopRequestedError):
+            self._stop_both(upgrade_id, error)
+        else:
+            self._undo(upgrade_id, error)
+
+    def _undo(self, upgrade_id: str, error: BaseException) -> None:
+        record = self._journal.get(upgrade_id)
+        name = record.name if record else None
+        if not isinstance(error, SelfUpdateError):
+            _log.exception("an upgrade met a defect", exc_info=error)
+            reason = f"a defect in the program: {error!r}"
+        elif isinstance(error, SuccessorError):
+            reason = f"{name} {error}"
+        else:
+            reason = str(error)
+        self._step(upgrade_id, Event.FAILED, reason=reason)
+        is_rolled_back = self._lifecycle.phase is Phase.ROLLING_BACK
+        if is_rolled_back:
+            self._serve_again()
+        self._end_successor(self._settings.limits.kill_time)
+        with self._claim_lock:  # whoever claims next must find it idle
+            self._step(
+                upgrade_id,
+                Event.REVERTED,
+                outcome="rolled-back" if is_rolled_back else "aborted",
+                ended_at=now(),
+                is_fault_of_release=isinstance(error, SuccessorError),
+            )
+            self._idle.set()
+
+    def _serve_again(self) -> None:
+        """Accept again: at once on a listener that was kept, or as soon as the address is free."""
+        if self._successor is None or self._successor.shares_listener:
+            self._server.resume()
+            return
+        self._successor.end(0)
+        has_said = False
+        while True:
+            try:
+                listener = listeners.bind(self._bind)
+                break
+            except StartError as error:
+                if not has_said:
+                    _log.error("cannot serve again yet", extra={"reason": str(error)})
+                has_said = True
+            if ready([self._stop_out.fileno()], time.monotonic() + self._settings.limits.poll_interval):
+                return
+        self._listener = listener
+        self._server.accept(listener)
+
+    def _stop_both(self, upgrade_id: str, error: StopRequestedError) -> None:
+        """End the successor first, which answers what it has accepted; then this process takes what still waits."""
+        has_paused = self._lifecycle.phase in {Phase.REPLACING, Phase.PROBATION}
+        self._step(upgrade_id, Event.STOP, outcome="interrupted", reason=str(error), ended_at=now())
+        self._end_successor(self._settings.drain if has_paused else self._settings.limits.kill_time)
+        if has_paused:
+            self._server.resume()
+        self._idle.set()
+        self._on_stop()
+
+    def _end_successor(self, grace: float) -> None:
+        if self._successor is not None:
+            self._successor.terminate()
+            self._successor.end(grace)
+            self._successor = None
+
+    def _raise_if_stopping(self) -> None:
+        if self.is_stopping:
+            raise StopRequestedError("a stop signal arrived")
