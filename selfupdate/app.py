@@ -1,0 +1,236 @@
+"""The routes: what a request asks of the service, and how each error is answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import re
+from typing import TYPE_CHECKING, Any
+
+from selfupdate.errors import (
+    ChoiceError,
+    NoSuchCandidateError,
+    NotEligibleError,
+    NotNowError,
+    ScanError,
+    SelfUpdateError,
+    StopRequestedError,
+    UpgradeUnderWayError,
+)
+from selfupdate.journal import now
+from selfupdate.lifecycle import Lifecycle, Phase
+from selfupdate.messages import Request, Response, goes_by, json_response, problem
+from selfupdate.settings import parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from selfupdate.candidates import Scanner
+    from selfupdate.journal import Journal, Record
+    from selfupdate.settings import Settings
+    from selfupdate.upgrade import Upgrader
+
+# The page is read at start: a running program must not depend on the file that it was started from.
+_PAGE = {
+    path: (pkgutil.get_data("selfupdate", f"ui/{name}") or b"", content_type)
+    for path, name, content_type in (
+        ("/", "index.html", "text/html; charset=utf-8"),
+        ("/app.js", "app.js", "text/javascript; charset=utf-8"),
+        ("/icon.svg", "icon.svg", "image/svg+xml"),
+        ("/style.css", "style.css", "text/css; charset=utf-8"),
+    )
+}
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+# What the caller can do next decides the status.
+_STATUS_OF_ERRORS: dict[type[SelfUpdateError], int] = {
+    UpgradeUnderWayError: 409,
+    NotNowError: 503,
+    NoSuchCandidateError: 404,
+    NotEligibleError: 422,
+    ScanError: 503,
+    StopRequestedError: 503,
+}
+
+
+_MAX_NAME = 1024
+"""A file's name has at most 255 bytes, each shown as at most four characters."""
+
+
+class _BadRequestError(Exception):
+    """The request says something that its route does not take."""
+
+
+class App:
+    """The service's answers."""
+
+    def __init__(  # noqa: PLR0913 - each is a noun of its own, given once by the composition root
+        self,
+        *,
+        version: str,
+        generation: int,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        journal: Journal,
+        scanner: Scanner,
+        upgrader: Upgrader,
+    ) -> None:
+        """Answer for this process."""
+        self._version = version
+        self._generation = generation
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._journal = journal
+        self._scanner = scanner
+        self._upgrader = upgrader
+        self._names = {settings.bind.host.lower(), *(settings.allowed_hosts or ())}
+        self._started_at = now()
+        self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
+            "/version": ("GET", lambda _: json_response({"version": self._version})),
+            "/healthz": ("GET", lambda _: self.health()),
+            "/status": ("GET", self._status),
+            "/candidates": ("GET", self._candidates),
+            "/upgrade": ("POST", self._upgrade),
+            "/upgrades": ("GET", self._upgrades),
+            **dict.fromkeys(_PAGE, ("GET", self._page)),
+        }
+
+    def respond(self, request: Request) -> Response:  # noqa: PLR0911 - each refusal has its own words
+        """Return the answer to `request`; who may ask is checked before anything acts."""
+        if not goes_by(request.headers.get("host"), self._names):
+            return problem(
+                421,
+                "This service does not go by that name; call it by its address, or allow the name with -allowed-hosts.",
+            )
+        method, route = self._routes.get(
+            request.path, ("GET", self._record if _is_record(request.path) else _not_found)
+        )
+        if route is _not_found:
+            return _not_found(request)
+        asked = "GET" if request.method == "HEAD" else request.method
+        if asked != method:
+            allowed = "GET, HEAD" if method == "GET" else method
+            return problem(405, f"{request.path} takes {allowed}.", Allow=allowed)
+        if method == "POST" and not _is_from_here(request):
+            return problem(
+                403, "This request comes from a page of another site; use the service's own page, or no browser."
+            )
+        try:
+            return route(request)
+        except _BadRequestError as error:
+            return problem(400, str(error))
+        except SelfUpdateError as error:
+            return self._refuse(error)
+
+    def health(self) -> Response:
+        """Return the answer to `GET /healthz`."""
+        fit = self._lifecycle.phase is not Phase.STOPPING and not self._upgrader.is_stopping
+        state = {"status": "ok" if fit else "stopping", "version": self._version, "pid": os.getpid()}
+        return json_response({**state, "generation": self._generation}, 200 if fit else 503)
+
+    def _status(self, _: Request) -> Response:
+        current = self._journal.current()
+        return json_response(
+            {
+                "version": self._version,
+                "pid": os.getpid(),
+                "generation": self._generation,
+                "phase": self._lifecycle.phase,
+                "bind": str(self._upgrader.bind),
+                "started_at": self._started_at,
+                "installed": None,
+                "upgrade": current.as_json() if current else None,
+            }
+        )
+
+    def _candidates(self, _: Request) -> Response:
+        return json_response(self._listing())
+
+    def _listing(self) -> dict[str, object]:
+        candidates = [candidate.as_json() for candidate in self._scanner.scan()]
+        latest = next((candidate["name"] for candidate in candidates if candidate["eligible"]), None)
+        return {"current": self._version, "latest": latest, "candidates": candidates}
+
+    def _upgrade(self, request: Request) -> Response:
+        name = _name_in(request.body)
+        wait = self._wait_in(request)
+        record = self._upgrader.request(name)
+        if record is None:
+            return json_response({"outcome": "up-to-date", **self._listing()})
+        record = self._journal.wait(record.id, lambda record: record.outcome is not None, wait) or record
+        return _accepted(record)
+
+    def _wait_in(self, request: Request) -> float:
+        try:
+            wait = parse_duration(request.query.get("wait", "0"))
+        except ValueError:
+            raise _BadRequestError("wait takes a duration such as 500ms, 30s or 2m.") from None
+        # The answer is under way when this process stops accepting, and must be given while it drains.
+        return min(wait, self._settings.drain)
+
+    def _upgrades(self, _: Request) -> Response:
+        return json_response({"upgrades": [record.as_json() for record in self._journal.records()]})
+
+    def _record(self, request: Request) -> Response:
+        record = self._journal.get(request.path.removeprefix("/upgrades/"))
+        if record is None:
+            return problem(404, "There is no such upgrade; GET /upgrades lists all that are known.")
+        return json_response(record.as_json())
+
+    def _page(self, request: Request) -> Response:
+        body, content_type = _PAGE[request.path]
+        return Response(200, body, content_type, _PAGE_HEADERS)
+
+    def _refuse(self, error: SelfUpdateError) -> Response:
+        status = next(status for kind, status in _STATUS_OF_ERRORS.items() if isinstance(error, kind))
+        if isinstance(error, UpgradeUnderWayError | ChoiceError) and error.upgrade_id:
+            where = f"/upgrades/{error.upgrade_id}"
+            return problem(status, str(error), {"id": error.upgrade_id}, Location=where)
+        return problem(status, str(error))
+
+
+def _not_found(_: Request) -> Response:
+    return problem(404, "There is nothing here; GET / is the page, and the README lists the rest.")
+
+
+def _is_record(path: str) -> bool:
+    return re.fullmatch(r"/upgrades/[0-9A-Za-z-]+", path) is not None
+
+
+def _is_from_here(request: Request) -> bool:
+    """Tell whether a state-changing request is no browser's, or our own page's."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in {"same-origin", "none"}
+    origin = request.headers.get("origin")
+    return origin is None or re.sub("^https?://", "", origin) == request.headers.get("host")
+
+
+def _name_in(body: bytes) -> str | None:
+    """Return the candidate that a body asks for. Raises _BadRequestError on anything but `{"name": "…"}`."""
+    if not body:
+        return None
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _BadRequestError(f'The body is not JSON ({error}); send nothing, or {{"name": "…"}}.') from None
+    if not isinstance(value, dict) or set(value) - {"name"} or not isinstance(value.get("name"), str | None):
+        raise _BadRequestError('The body must be {"name": "…"} with the name of a candidate, or nothing.')
+    name: str | None = value.get("name")
+    if name is not None and len(name) > _MAX_NAME:
+        raise _BadRequestError(f"A candidate's name has at most {_MAX_NAME} characters.")
+    return name
+
+
+def _accepted(record: Record) -> Response:
+    return json_response(record.as_json(), 202 if record.outcome is None else 200, Location=f"/upgrades/{record.id}")
