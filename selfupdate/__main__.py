@@ -1,5 +1,6 @@
-"""The composition root: it alone reads the arguments, and it alone exits."""
+"""The composition root: it alone reads the arguments, the environment and signals, and it alone exits."""
 
+import os
 import sys
 
 from selfupdate import __version__
@@ -7,10 +8,18 @@ from selfupdate import __version__
 
 def main() -> None:
     """Run the program, and exit."""
+    # `-version` is asked of every candidate at every first sight of it: it answers before anything is imported.
     if sys.argv[1:] in (["-version"], ["--version"]):
         print(__version__)
         return
-    sys.exit("self-update: it can only tell its -version so far")
+    from selfupdate.service import run  # noqa: PLC0415 - see above
+
+    status = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: while the interpreter takes itself apart, a second stop signal would kill it,
+    # and a thread that still writes to a stream would make it abort. All that has an end has ended.
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The program's command line as a whole: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from programs import Programs
+
+
+def _run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["-version"], ["--version"], ["-version=true"], ["-dev", "-version"]])
+def test_version_is_printed_alone(programs: Programs, arguments: list[str]) -> None:
+    """One line on stdout, status 0, nothing else."""
+    ran = _run(programs.version("1.2.3"), *arguments)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1.2.3\n", "")
+
+
+def test_wrong_usage_exits_with_2(programs: Programs) -> None:
+    """One line on stderr, and no traceback."""
+    ran = _run(programs.version("1.0.0"), "-bind", "here")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert re.fullmatch(r"self-update: -bind got 'here'; it takes an address .*\n", ran.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-bind", "192.0.2.1:80"], "cannot listen on 192.0.2.1:80: this machine has no such address"),
+        (
+            ["-bind", "no.such.host.invalid:80"],
+            "cannot listen on no.such.host.invalid:80: the host name is not known here",
+        ),
+        (
+            ["-state-dir", "/dev/null/x"],
+            "cannot keep releases in the state directory /dev/null/x: Not a directory; give another",
+        ),
+    ],
+)
+def test_a_failed_start_exits_with_1(programs: Programs, tmp_path: Path, arguments: list[str], message: str) -> None:
+    """One line says what, and what to do."""
+    ran = _run(programs.version("1.0.0"), "-state-dir", str(tmp_path), *arguments)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith(f"self-update: {message}")
+    assert ran.stderr.count("\n") == 1
