@@ -12,6 +12,7 @@ from selfupdate.errors import (
     ChoiceError,
     NoSuchCandidateError,
     NotEligibleError,
+    NothingToRollBackToError,
     NotNowError,
     ScanError,
     SelfUpdateError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from selfupdate.candidates import Scanner
     from selfupdate.journal import Journal, Record
+    from selfupdate.program import Program
     from selfupdate.settings import Settings
     from selfupdate.upgrade import Upgrader
 
@@ -57,6 +59,7 @@ _STATUS_OF_ERRORS: dict[type[SelfUpdateError], int] = {
     UpgradeUnderWayError: 409,
     NotNowError: 503,
     NoSuchCandidateError: 404,
+    NothingToRollBackToError: 409,
     NotEligibleError: 422,
     ScanError: 503,
     StopRequestedError: 503,
@@ -77,7 +80,7 @@ class App:
     def __init__(  # noqa: PLR0913 - each is a noun of its own, given once by the composition root
         self,
         *,
-        version: str,
+        program: Program,
         generation: int,
         settings: Settings,
         lifecycle: Lifecycle,
@@ -86,7 +89,8 @@ class App:
         upgrader: Upgrader,
     ) -> None:
         """Answer for this process."""
-        self._version = version
+        self._program = program
+        self._version = program.version
         self._generation = generation
         self._settings = settings
         self._lifecycle = lifecycle
@@ -101,6 +105,7 @@ class App:
             "/status": ("GET", self._status),
             "/candidates": ("GET", self._candidates),
             "/upgrade": ("POST", self._upgrade),
+            "/rollback": ("POST", self._rollback),
             "/upgrades": ("GET", self._upgrades),
             **dict.fromkeys(_PAGE, ("GET", self._page)),
         }
@@ -148,7 +153,7 @@ class App:
                 "phase": self._lifecycle.phase,
                 "bind": str(self._upgrader.bind),
                 "started_at": self._started_at,
-                "installed": None,
+                "installed": self._program.after_restart(self._journal.last_commit()),
                 "upgrade": current.as_json() if current else None,
             }
         )
@@ -164,11 +169,21 @@ class App:
     def _upgrade(self, request: Request) -> Response:
         name = _name_in(request.body)
         wait = self._wait_in(request)
-        record = self._upgrader.request(name)
+        record = self._upgrader.upgrade(name)
         if record is None:
             return json_response({"outcome": "up-to-date", **self._listing()})
-        record = self._journal.wait(record.id, lambda record: record.outcome is not None, wait) or record
-        return _accepted(record)
+        return self._accepted(record, wait)
+
+    def _rollback(self, request: Request) -> Response:
+        wait = self._wait_in(request)
+        if request.body:
+            raise _BadRequestError("A rollback takes no body; it goes to the version that ran before.")
+        return self._accepted(self._upgrader.roll_back(), wait)
+
+    def _accepted(self, record: Record, wait: float) -> Response:
+        record = self._journal.wait(record.id, lambda record: record.is_settled, wait) or record
+        status = 202 if record.outcome is None else 200
+        return json_response(record.as_json(), status, Location=f"/upgrades/{record.id}")
 
     def _wait_in(self, request: Request) -> float:
         try:
@@ -182,7 +197,15 @@ class App:
         return json_response({"upgrades": [record.as_json() for record in self._journal.records()]})
 
     def _record(self, request: Request) -> Response:
-        record = self._journal.get(request.path.removeprefix("/upgrades/"))
+        upgrade_id = request.path.removeprefix("/upgrades/")
+        seen = request.query.get("seen", "")
+        if not re.fullmatch("[0-9]{0,3}", seen):
+            raise _BadRequestError("seen takes the number of phases that are known already.")
+        record = self._journal.wait(
+            upgrade_id,
+            lambda record: record.is_settled or len(record.timeline) > int(seen or len(record.timeline)),
+            self._wait_in(request),
+        )
         if record is None:
             return problem(404, "There is no such upgrade; GET /upgrades lists all that are known.")
         return json_response(record.as_json())
@@ -230,7 +253,3 @@ def _name_in(body: bytes) -> str | None:
     if name is not None and len(name) > _MAX_NAME:
         raise _BadRequestError(f"A candidate's name has at most {_MAX_NAME} characters.")
     return name
-
-
-def _accepted(record: Record) -> Response:
-    return json_response(record.as_json(), 202 if record.outcome is None else 200, Location=f"/upgrades/{record.id}")

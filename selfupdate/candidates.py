@@ -88,21 +88,28 @@ class Scanner:
         store: Store,
         *,
         running: Version,
+        floor: Callable[[], Version | None],
         allow: SpecifierSet | None,
         fault_of: Callable[[str], Record | None],
+        needed: Callable[[], set[str] | None],
+        fault: str | None = None,
         stop_fd: int,
         limits: Limits,
     ) -> None:
-        """Scan `directory` for what is greater than `running`; `fault_of` tells which release failed before.
+        """Scan `directory` for what is greater than `running`, and not below the `floor`.
 
-        A scan ends when `stop_fd` becomes readable.
+        `fault_of` tells which release failed before, `needed` which must stay in the store, and `fault`
+        why nothing can be chosen at all. A scan ends when `stop_fd` becomes readable.
         """
         self._directory = directory
         self._store = store
         self._running = running
         self._allow = allow
+        self._floor = floor
         self._fault_of = fault_of
         self._stop_fd = stop_fd
+        self._needed = needed
+        self._fault = fault
         self._limits = limits
         self._lock = threading.Lock()
         self._versions: dict[str, Version | str] = {}
@@ -114,13 +121,21 @@ class Scanner:
         Answers to `-version` are remembered; with `retry`, failures are asked again.
         Raises ScanError where the directory can't be read, StopRequestedError when the process is to stop.
         """
+        if self._fault is not None:
+            raise ScanError(f"Upgrades are off: {self._fault}.")
         with self._lock:
             if retry:
                 self._versions = {key: value for key, value in self._versions.items() if isinstance(value, Version)}
             found = self._examine(self._names())
+            self._prune(found)
         found.sort(key=lambda candidate: candidate.name)
         found.sort(key=lambda candidate: (candidate.version is not None, candidate.version), reverse=True)
         return self._rank(found)
+
+    def _prune(self, found: list[Candidate]) -> None:
+        needed = self._needed()
+        if needed is not None:
+            self._store.prune(needed | {candidate.release.sha256 for candidate in found if candidate.release})
 
     def choose(self, name: str | None = None) -> Candidate | None:
         """Return the candidate to upgrade to, or None where nothing is newer.
@@ -257,14 +272,17 @@ class Scanner:
         assert candidate.release is not None
         reason = None
         failed = self._fault_of(candidate.release.sha256)
+        floor = self._floor()
         if candidate.version == self._running:
             reason = f"{candidate.version} is the version that runs"
         elif candidate.version < self._running:
             reason = f"{candidate.version} is older than {self._running}, which runs"
+        elif floor is not None and candidate.version < floor:
+            reason = f"{candidate.version} is older than {floor}, to which this service was upgraded before"
         elif self._allow is not None and not candidate.version.allowed_by(self._allow):
             reason = f"{candidate.version} is not allowed by -allow {self._allow}"
         elif failed is not None and not by_name:
-            reason = f"failed before ({failed.reason}); ask for it by name to try it again"
+            reason = f"{_history_of(failed)}; ask for it by name to try it again"
         return replace(candidate, reason=reason, eligible=reason is None)
 
     def _rank(self, candidates: list[Candidate]) -> list[Candidate]:
@@ -284,6 +302,12 @@ def _is_name_of_candidate(name: str) -> bool:
     if name.startswith(".") or name.endswith(_NOT_CANDIDATES):
         return False
     return sys.platform != "win32" or name.lower().endswith(_WINDOWS_PROGRAMS)
+
+
+def _history_of(failed: Record) -> str:
+    if failed.kind == "rollback" and failed.outcome == "committed":
+        return f"was rolled back from at {failed.ended_at}"
+    return f"failed before ({failed.reason})"
 
 
 def _last_words(stderr: bytes) -> str:

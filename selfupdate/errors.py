@@ -19,6 +19,10 @@ class StartError(SelfUpdateError):
     """The service cannot start: print the text, exit with 1."""
 
 
+class StateError(StartError):
+    """The state directory cannot be used: serve without upgrades, and say why."""
+
+
 class VersionError(SelfUpdateError):
     """A text is not a version: the file that printed it is no candidate."""
 
@@ -36,6 +40,10 @@ class ChoiceError(SelfUpdateError):
 
 class ScanError(ChoiceError):
     """The upgrade directory cannot be read."""
+
+
+class NothingToRollBackToError(ChoiceError):
+    """A rollback was asked for, and no earlier release is there."""
 
 
 class NoSuchCandidateError(ChoiceError):
@@ -57,6 +65,10 @@ class UpgradeUnderWayError(NotNowError):
         """Keep the id of the upgrade that is under way."""
         super().__init__(f"The upgrade {upgrade_id} is under way: wait until it has ended, then ask again.")
         self.upgrade_id = upgrade_id
+
+
+class InstallError(SelfUpdateError):
+    """The file that the service was started from stays as it is: go on, and say what a restart will bring."""
 
 
 class UpgradeError(SelfUpdateError):

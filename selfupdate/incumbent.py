@@ -15,11 +15,12 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
 from selfupdate import notify, process
-from selfupdate.errors import IllegalTransitionError, StartError
+from selfupdate.errors import IllegalTransitionError, StartError, StateError
 from selfupdate.journal import Record, now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.messages import Request, Response, goes_by, json_response, problem
@@ -48,6 +49,10 @@ class Incumbent:
         """Take what was passed on out of `environ`. Raises StartError where it is not what it should be."""
         self.generation = 1
         self.secret = ""
+        self.lock_fd: int | None = None
+        self.program: Path | None = None
+        self.sha256: str | None = None
+        self.installed: str | None = None
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
         self._channel: socket.socket | None = None
         self._parent = os.getppid()
@@ -61,6 +66,10 @@ class Incumbent:
             hello = json.loads(self._channel.recv(_MESSAGE_SIZE))
             self.generation = int(hello["generation"])
             self.secret = str(hello["secret"])
+            self.lock_fd = int(hello["lock"])
+            self.program = Path(hello["program"]) if hello["program"] else None
+            self.sha256 = str(hello["sha256"])
+            self.installed = str(hello["installed"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StartError(f"{HANDOVER_FD}={fd} is not an incumbent's channel: {error!r}") from error
         self._channel.settimeout(None)
@@ -194,6 +203,7 @@ class Standby:
         if "record" in message:
             self._journal.put(Record.from_json(message["record"]))
         elif "blessed" in message:
+            self._own_journal()
             self._settle(Event.BLESSED)
 
     def _incumbent_gone(self) -> None:
@@ -201,11 +211,25 @@ class Standby:
             if self._lifecycle.phase not in {Phase.STANDBY, Phase.TRIAL}:
                 return
             _log.warning("the incumbent has gone without a blessing", extra={"phase": self._lifecycle.phase})
-            current = self._journal.current()
-            if current is not None:
-                reason = "the old version ended before the trial did; the new one serves on"
-                self._journal.change(current.id, outcome="interrupted", reason=reason, ended_at=now())
+            on_trial = self._lifecycle.phase is Phase.TRIAL
+            if on_trial:
+                self._own_journal()
+                self._inherit_upgrade()
             self._settle(Event.ORPHANED)
+
+    def _own_journal(self) -> None:
+        """Write the journal from here on: whoever wrote it does so no more."""
+        try:
+            self._journal.open()
+        except StateError as error:
+            _log.error("the history is kept in memory alone", extra={"reason": str(error)})
+
+    def _inherit_upgrade(self) -> None:
+        """Conclude the upgrade that the incumbent left: it had committed, or it was interrupted."""
+        current = self._journal.current()
+        if current is not None:
+            reason = "the old version ended before the trial did; the new one serves on"
+            self._journal.conclude(current.id, outcome="interrupted", reason=reason, ended_at=now())
 
     def _settle(self, event: Event) -> None:
         try:

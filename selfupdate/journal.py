@@ -1,13 +1,26 @@
-"""The record of upgrades: what was done, when, and how it ended.
+"""The record of upgrades, durable: what was done, when, and how it ended.
 
-This is the one place that is asked for history, and it keeps it in memory. A
-successor gets a copy of each record as it changes (see `incumbent` and
-`successor`), so the history goes on across a handover. Only the process that
-drives an upgrade writes its record; the other only takes in what it is told.
+A file of JSON lines that only grows: each line holds one record as it stood
+then, and the last line of a record counts. A line is written and synced before
+the step that it announces is taken, so whatever a crash interrupts, the journal
+knows at least as much as the world. A last line that was torn by a crash is
+passed over, and the next one begins on a line of its own.
+
+Who writes: one process at a time. The incumbent writes until it has written
+`committed`, and nothing after that; the successor reads the file when it
+starts, learns of changes through its channel while it stands by and is on
+trial, and writes only when it has been blessed or when the kernel says that the
+incumbent has gone. A process that may not write keeps what it learns in memory.
+
+Above a size the file is written anew with the last line of each record, beside
+itself and then renamed: the history stays, and there is always one whole file.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import secrets
 import threading
 import time
@@ -15,11 +28,20 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from selfupdate.errors import StateError, UpgradeError
+from selfupdate.releases import sync_directory
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 KEPT = 500
 """Records that are kept; the oldest go first."""
+
+ROTATED_AT = 1024 * 1024
+"""Bytes of the file above which it is written anew."""
 
 
 def now() -> str:
@@ -29,12 +51,16 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One upgrade. `outcome` is None while it is under way."""
+    """One upgrade or rollback. `outcome` is None while it is under way."""
 
     id: str
     from_version: str
     phase: str
     started_at: str
+    kind: str = "upgrade"
+    """`upgrade` or `rollback`."""
+    from_sha256: str | None = None
+    """The release that it goes from: where a rollback of it goes to."""
     to_version: str | None = None
     name: str | None = None
     sha256: str | None = None
@@ -45,11 +71,23 @@ class Record:
     """Each phase with the time at which it began."""
     is_fault_of_release: bool = False
     """Whether the release is to blame for the outcome, and is not chosen again unasked."""
+    program: str | None = None
+    """The file that is replaced when the release is blessed; None where there is none to replace."""
+    installed: bool | None = None
+    """Whether that file was replaced; None until that was tried."""
+    not_installed: str | None = None
+    """Why it was not."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more will happen: it has ended, and what a restart brings is known."""
+        return self.outcome is not None and (self.outcome != "committed" or self.installed is not None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the record as the HTTP interface shows it."""
         return {
             "id": self.id,
+            "kind": self.kind,
             "from": self.from_version,
             "to": self.to_version,
             "name": self.name,
@@ -60,7 +98,11 @@ class Record:
             "started_at": self.started_at,
             "ended_at": self.ended_at,
             "timeline": [{"phase": phase, "at": at} for phase, at in self.timeline],
+            "from_sha256": self.from_sha256,
             "is_fault_of_release": self.is_fault_of_release,
+            "program": self.program,
+            "installed": self.installed,
+            "not_installed": self.not_installed,
         }
 
     @classmethod
@@ -74,28 +116,66 @@ class Record:
 class Journal:
     """All upgrades that are known, newest first. Safe to use from any thread."""
 
-    def __init__(self) -> None:
-        """Begin with no history."""
+    def __init__(self, path: Path) -> None:
+        """Keep the history in memory until `read` and `open` are called."""
+        self._path = path
+        self._fd = -1
+        self._size = 0
+        # Writing waits for the disk, and reading must not wait for writing: two locks, always in this order.
+        self._writing = threading.Lock()
         self._changed = threading.Condition()
         self._records: dict[str, Record] = {}
         self._followers: list[Callable[[Record], None]] = []
 
-    def begin(self, from_version: str, phase: str) -> Record:
-        """Add an upgrade that starts now."""
+    def open(self) -> None:
+        """Read what was written until now, and begin to write. Raises StateError where that can't be."""
+        try:
+            with self._writing:
+                self.read()
+                self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+                self._size = os.fstat(self._fd).st_size
+                if self._size and not self._path.read_bytes().endswith(b"\n"):
+                    self._size += os.write(self._fd, b"\n")  # behind a torn line
+                sync_directory(self._path.parent)
+        except OSError as error:
+            raise StateError(
+                f"the journal {self._path} cannot be written: {error.strerror}; "
+                "make it writable for this account, or give another directory with -state-dir"
+            ) from error
+
+    def begin(self, from_version: str, phase: str, **fields: Any) -> Record:
+        """Add an upgrade that starts now. It is written down with its first change."""
         at = now()
         stem = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        return self.put(Record(f"{stem}-{secrets.token_hex(3)}", from_version, phase, at, timeline=((phase, at),)))
+        upgrade_id = f"{stem}-{secrets.token_hex(3)}"
+        return self.put(Record(upgrade_id, from_version, phase, at, timeline=((phase, at),), **fields))
 
     def change(self, upgrade_id: str, phase: str | None = None, **fields: Any) -> Record:
-        """Replace `fields` of an upgrade, and note the phase that it enters, if it enters one."""
-        with self._changed:
-            record = replace(self._records[upgrade_id], **fields)
-            if phase is not None:
-                record = replace(record, phase=phase, timeline=(*record.timeline, (phase, now())))
+        """Replace `fields` of an upgrade, and note the phase that it enters, if it enters one.
+
+        It is on disk when this returns. Raises UpgradeError where it can't be written: then
+        nothing has changed, and the step must not be taken.
+        """
+        with self._writing:
+            record = self._changed_record(upgrade_id, phase, fields)
+            try:
+                self._append(record)
+            except OSError as error:
+                raise UpgradeError(f"the journal {self._path} cannot be written: {error.strerror}") from error
+            return self.put(record)
+
+    def conclude(self, upgrade_id: str, phase: str | None = None, **fields: Any) -> Record:
+        """Do as `change` does on the way back, which has to be gone whether it can be written down or not."""
+        with self._writing:
+            record = self._changed_record(upgrade_id, phase, fields)
+            try:
+                self._append(record)
+            except OSError as error:
+                _log.error("the journal cannot be written", extra={"path": str(self._path), "reason": error.strerror})
             return self.put(record)
 
     def put(self, record: Record) -> Record:
-        """Take in a record as it is."""
+        """Take in a record as it is, in memory alone."""
         with self._changed:
             self._records[record.id] = record
             if len(self._records) > KEPT:
@@ -127,10 +207,18 @@ class Journal:
         """Return the upgrade that is under way, or None."""
         return next((record for record in self.records() if record.outcome is None), None)
 
+    def last_commit(self) -> Record | None:
+        """Return the last upgrade or rollback that was committed: it says what runs, and what ran before."""
+        return next((record for record in self.records() if record.outcome == "committed"), None)
+
     def fault_of(self, sha256: str) -> Record | None:
-        """Return the last upgrade to the release `sha256` if it failed through that release."""
-        last = next((record for record in self.records() if record.sha256 == sha256), None)
-        return last if last and last.is_fault_of_release else None
+        """Return the last record of the release `sha256` if it says not to choose it again unasked."""
+        for record in self.records():
+            if record.sha256 == sha256 and record.outcome not in {None, "interrupted"}:
+                return record if record.is_fault_of_release else None
+            if record.from_sha256 == sha256 and record.kind == "rollback" and record.outcome == "committed":
+                return record
+        return None
 
     def wait(self, upgrade_id: str, until: Callable[[Record], bool], timeout: float) -> Record | None:
         """Wait until a record is as `until` says, at most `timeout` seconds; return it as it is then.
@@ -144,14 +232,83 @@ class Journal:
                     return self._records.get(upgrade_id)
             return record
 
-    def follow(self, follower: Callable[[Record], None]) -> Iterable[Record]:
-        """Call `follower` with each record from now on as it changes; return those until now, oldest first."""
+    def follow(self, follower: Callable[[Record], None]) -> None:
+        """Call `follower` with each record from now on as it changes."""
         with self._changed:
             self._followers.append(follower)
-            return list(self._records.values())
 
     def unfollow(self, follower: Callable[[Record], None]) -> None:
         """Call `follower` no more."""
         with self._changed:
             if follower in self._followers:
                 self._followers.remove(follower)
+
+    def _changed_record(self, upgrade_id: str, phase: str | None, fields: dict[str, Any]) -> Record:
+        with self._changed:
+            record = replace(self._records[upgrade_id], **fields)
+        if phase is not None:
+            record = replace(record, phase=phase, timeline=(*record.timeline, (phase, now())))
+        return record
+
+    def _append(self, record: Record) -> None:
+        """Write a line, whole, and wait until the disk has it. Raises OSError, with the file as it was."""
+        if self._fd < 0:
+            return  # this process may not write
+        line = _line(record)
+        if self._size + len(line) > ROTATED_AT:
+            self._rotate()
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(line)
+
+    def _rotate(self) -> None:
+        partial = self._path.with_name(".journal.new")
+        with self._changed:
+            content = b"".join(map(_line, self._records.values()))
+        fd = os.open(partial, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(fd)
+            partial.replace(self._path)
+            sync_directory(self._path.parent)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(self._fd)
+        self._fd, self._size = fd, len(content)
+
+    def read(self) -> None:
+        """Take in the history on disk. Raises StateError where it is there and can't be read."""
+        try:
+            with self._path.open("rb") as file:
+                self._read_lines(file)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StateError(
+                f"the journal {self._path} cannot be read: {error.strerror}; "
+                "make it readable for this account, or give another directory with -state-dir"
+            ) from error
+
+    def _read_lines(self, lines: Iterable[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
+            if line == b"\n":
+                continue
+            try:
+                record = Record.from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                _log.warning("a line of the journal is passed over", extra={"path": str(self._path), "line": number})
+                continue
+            self._records.pop(record.id, None)
+            self.put(record)
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record.as_json()).encode() + b"\n"

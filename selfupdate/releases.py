@@ -13,17 +13,20 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from selfupdate.errors import CandidateError, StartError
+from selfupdate.errors import CandidateError, InstallError, StateError
 from selfupdate.process import STARTING
 
 if TYPE_CHECKING:
     import io
+    from collections.abc import Iterable
     from pathlib import Path
 
 _CHUNK = 1 << 20
+_NEW = ".new-"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Release:
     path: Path
     name: str
     sha256: str
-    source: Path
-    identity: Identity
+    source: Path | None = None
+    """The candidate that it is a copy of, where it was asked for as one."""
+    identity: Identity | None = None
     """Of the candidate, when it was copied."""
 
 
@@ -58,21 +62,28 @@ class Store:
     """The directory `releases` in the state directory."""
 
     def __init__(self, state_dir: Path, size_limit: int) -> None:
-        """Make the directories where they are missing, for this user alone.
-
-        `size_limit` is in bytes. Raises StartError where they can't be made.
-        """
+        """Keep the path; `size_limit` is in bytes."""
         self._root = state_dir.absolute() / "releases"
         self._size_limit = size_limit
         self._staged: dict[tuple[Path, Identity], Release] = {}
+
+    def open(self) -> None:
+        """Make the directory where it is missing, for this user alone.
+
+        Raises StateError where it can't be made, or nothing can be executed in it.
+        """
         try:
-            for directory in (state_dir, self._root):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._probe()
+            self._root.mkdir(mode=0o700, exist_ok=True)
+            self._new_directory().rmdir()
+            if sys.platform != "win32" and os.statvfs(self._root).f_flag & os.ST_NOEXEC:
+                raise StateError(
+                    f"nothing can be executed in the state directory {self._root.parent}: it is mounted noexec; "
+                    "give another one with -state-dir"
+                )
         except OSError as error:
-            raise StartError(
-                f"cannot keep releases in the state directory {state_dir}: {error.strerror}; "
-                "give another one with -state-dir"
+            raise StateError(
+                f"the state directory {self._root.parent} cannot keep releases: {error.strerror}; "
+                "make it writable for this account, or give another one with -state-dir"
             ) from error
 
     def stage(self, source: Path) -> Release:
@@ -85,7 +96,7 @@ class Store:
             release = self._staged.get((source, identity))
             if release is None or not release.path.exists():
                 release = self._copy(source)
-                self._staged[source, release.identity] = release
+                self._staged[source, identity] = release
         except FileNotFoundError:
             raise CandidateError("was removed while it was looked at") from None
         except OSError as error:
@@ -98,7 +109,7 @@ class Store:
         Raises CandidateError.
         """
         try:
-            identity = Identity.of(release.source.stat())
+            identity = Identity.of(release.source.stat()) if release.source else release.identity
         except OSError:
             raise CandidateError(f"{release.name} was removed after it had been chosen; copy it there again") from None
         if identity != release.identity:
@@ -106,15 +117,36 @@ class Store:
         if not release.path.exists():
             raise CandidateError(f"the private copy of {release.name} has gone; ask for the upgrade again")
 
+    def find(self, sha256: str) -> Release:
+        """Return the release with a digest, when its content still has it. Raises CandidateError."""
+        try:
+            (path,) = (self._root / sha256).iterdir()
+            found = digest(path)
+        except (OSError, ValueError):
+            raise CandidateError(f"the release {sha256[:12]} is not in the store any more") from None
+        if found != sha256:
+            raise CandidateError(f"the release {sha256[:12]} in the store is damaged: its content has another digest")
+        return Release(path, path.name, sha256)
+
+    def prune(self, kept: Iterable[str]) -> None:
+        """Remove every release but those with the digests `kept`."""
+        kept = set(kept)
+        for directory in self._root.iterdir():
+            if directory.name not in kept and not directory.name.startswith(_NEW):
+                shutil.rmtree(directory, ignore_errors=True)
+        self._staged = {key: release for key, release in self._staged.items() if release.sha256 in kept}
+
+    def clear(self) -> None:
+        """Remove what copies and questions left behind that a crash interrupted; nobody else may use the store now."""
+        for directory in self._root.glob(f"{_NEW}*"):
+            shutil.rmtree(directory, ignore_errors=True)
+
     def scratch(self) -> Path:
         """Return a new empty directory, for the caller to remove."""
         return self._new_directory()
 
-    def _probe(self) -> None:
-        self._new_directory().rmdir()
-
     def _new_directory(self) -> Path:
-        directory = self._root / f".new-{secrets.token_hex(8)}"
+        directory = self._root / f"{_NEW}{secrets.token_hex(8)}"
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o700)
         return directory
@@ -134,21 +166,21 @@ class Store:
                 identity = Identity.of(os.fstat(fd))
             if identity != Identity.of(before):
                 raise CandidateError("is still being copied; it is looked at again")
-            return Release(self._keep(incoming, source.name, sha256), source.name, sha256, source, identity)
+            return Release(self._keep(incoming, sha256), source.name, sha256, source, identity)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
     def _write(self, reader: io.RawIOBase, target: Path) -> str:
         """Copy `reader` to the new file `target`, durable and executable; return the digest."""
-        digest = hashlib.sha256()
+        sha256 = hashlib.sha256()
         left = self._size_limit
-        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o700)
+        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o500)
         try:
             while chunk := reader.read(min(_CHUNK, left + 1)):
                 left -= len(chunk)
                 if left < 0:
                     raise CandidateError(f"has more than {self._size_limit} bytes")
-                digest.update(chunk)
+                sha256.update(chunk)
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(writer, view) :]
@@ -156,13 +188,54 @@ class Store:
         finally:
             with STARTING:
                 os.close(writer)
-        target.chmod(0o500)
-        return digest.hexdigest()
+        return sha256.hexdigest()
 
-    def _keep(self, incoming: Path, name: str, sha256: str) -> Path:
-        """Move the copy to the place of its digest; return its path there."""
+    def _keep(self, incoming: Path, sha256: str) -> Path:
+        """Move the copy to the place of its digest, unless one is there; return its path there."""
         directory = self._root / sha256
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        (incoming / name).replace(directory / name)
-        return directory / name
+        with contextlib.suppress(OSError):  # the same content was there first
+            incoming.rename(directory)
+        sync_directory(self._root)
+        (path,) = directory.iterdir()
+        return path
+
+
+def install(release: Release, program: Path) -> None:
+    """Replace the file `program` by a release: at each moment the one or the other is there, whole.
+
+    Mode and owner stay. Raises InstallError, and `program` is as it was.
+    """
+    partial = program.with_name(f".{program.name}.{secrets.token_hex(4)}.new")
+    try:
+        before = program.stat()
+        try:
+            with release.path.open("rb") as reader, partial.open("xb") as writer:
+                shutil.copyfileobj(reader, writer, _CHUNK)
+                writer.flush()
+                if hasattr(os, "fchown"):
+                    os.fchown(writer.fileno(), before.st_uid, before.st_gid)
+                partial.chmod(stat.S_IMODE(before.st_mode))
+                os.fsync(writer.fileno())
+            partial.replace(program)
+            sync_directory(program.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InstallError(f"{program} cannot be replaced: {error.strerror}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the disk has the names in a directory: without that, a rename may be lost in a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

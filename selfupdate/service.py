@@ -10,16 +10,19 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from selfupdate import __version__, log, settings, versions
+from selfupdate import __version__, log, program, settings, versions
 from selfupdate import listener as listeners
 from selfupdate.app import App
 from selfupdate.candidates import Scanner
-from selfupdate.errors import IllegalTransitionError, SelfUpdateError, UsageError
+from selfupdate.errors import CandidateError, IllegalTransitionError, SelfUpdateError, StateError, UsageError
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.program import Program
+from selfupdate.recovery import recover, settle
 from selfupdate.releases import Store
 from selfupdate.server import Server
+from selfupdate.state import StateDirectory
 from selfupdate.upgrade import Upgrader
 
 if TYPE_CHECKING:
@@ -65,34 +68,42 @@ class _Service:
         threading.excepthook = _crash
         self._inherited = next(iter(listeners.adopt(os.environ)), None)
         self._lifecycle = Lifecycle(Phase.STANDBY if self._incumbent else Phase.RUNNING)
-        self._journal = Journal()
+        self._state = StateDirectory(given.state_dir)
+        self._store = Store(given.state_dir, given.limits.candidate_size)
+        self._journal = Journal(self._state.path / "journal")
+        self._program = Program(__version__, None, program.file_of_this_program(), __version__)
+        self._fault = self._open_state()
         self._server = Server("http", self._respond, given.limits)
-        store = Store(given.state_dir, given.limits.candidate_size)
+        Store(given.state_dir, given.limits.candidate_size)
         stop_out, stop_in = socket.socketpair()
         scanner = Scanner(
             given.upgrade_dir,
-            store,
+            self._store,
             running=versions.parse(__version__),
+            floor=self._floor,
             allow=given.allow,
             fault_of=self._journal.fault_of,
+            needed=self._needed_releases,
+            fault=self._fault,
             stop_fd=stop_out.fileno(),
             limits=given.limits,
         )
         self._upgrader = Upgrader(
-            version=__version__,
+            program=self._program,
             generation=generation,
             settings=given,
             lifecycle=self._lifecycle,
             journal=self._journal,
             scanner=scanner,
-            store=store,
+            store=self._store,
             server=self._server,
             stop=(stop_out, stop_in),
+            lock_fd=self._state.lock_fd,
             on_retired=lambda: self._wake(_SETTLED),
             on_stop=lambda: self._wake(bytes([signal.SIGTERM])),
         )
         self._app = App(
-            version=__version__,
+            program=self._program,
             generation=generation,
             settings=given,
             lifecycle=self._lifecycle,
@@ -128,6 +139,8 @@ class _Service:
             if self._standby:
                 self._standby.end()
                 self._standby = None
+            if self._lifecycle.phase is Phase.RUNNING:
+                self._begin_to_own()
             if self._lifecycle.phase is Phase.RETIRED:
                 self._server.close(0)
                 _log.info("retired")
@@ -140,7 +153,92 @@ class _Service:
         self._upgrader.serve_on(listener)
         self._has_served = True
         self._server.accept(listener)
+        self._state.sign(str(self._upgrader.bind))
         _log.info("serving", extra={"bind": str(self._upgrader.bind)})
+
+    def _open_state(self) -> str | None:
+        """Be the only service on the state directory, or its service's successor, and put it in order.
+
+        Returns why upgrades are off, where it can't be used. Raises StartError where another service has it.
+        """
+        incumbent = self._incumbent
+        try:
+            if incumbent is None:
+                self._state.open()
+                self._state.lock()
+                self._store.open()
+                self._journal.open()
+                self._store.clear()
+                self._keep_this_program()
+                self._recover()
+            elif incumbent.lock_fd is not None:
+                self._state.inherit(incumbent.lock_fd)
+                self._journal.read()
+                self._program = Program(
+                    __version__, incumbent.sha256, incumbent.program, incumbent.installed or __version__
+                )
+            else:
+                self._state.open()
+                self._store.open()
+                self._journal.read()
+        except StateError as error:
+            _log.error("upgrades are off", extra={"reason": str(error)})
+            return str(error)
+        return None
+
+    def _keep_this_program(self) -> None:
+        """Keep a copy of the running program in the store, to go back to."""
+        if self._program.path is None:
+            return
+        try:
+            self._program.sha256 = self._store.stage(self._program.path).sha256
+        except CandidateError as error:
+            _log.warning("no rollback to this version will be possible", extra={"reason": str(error)})
+
+    def _recover(self) -> None:
+        """Put in order what a crash left, before anything is bound."""
+        if recover(self._journal, self._store, self._program.path):
+            path = str(self._program.path)
+            _log.warning("the version that had been committed is installed now, and started", extra={"program": path})
+            os.execv(path, [path, *sys.argv[1:]])  # noqa: S606 - no shell is the point
+
+    def _begin_to_own(self) -> None:
+        """Settle what the incumbent left to this process, when this process is there to stay."""
+        if self._incumbent and self._incumbent.is_plain and self._fault is None:
+            threading.Thread(target=self._own_later, name="lock", daemon=True).start()
+            return
+        last = self._journal.last_commit()
+        if last is None or last.sha256 != self._program.sha256:
+            return
+        if last.installed is None:
+            settle(self._journal, self._store, last)
+            last = self._journal.get(last.id) or last
+        if last.installed:
+            self._program.installed = __version__
+
+    def _own_later(self) -> None:
+        """Wait until a plain incumbent has let go of the state directory."""
+        try:
+            self._state.lock(wait=True)
+            self._state.sign(str(self._upgrader.bind))
+            self._journal.open()
+        except StateError as error:
+            _log.error("the history is kept in memory alone", extra={"reason": str(error)})
+
+    def _floor(self) -> versions.Version | None:
+        """Return the version below which nothing is chosen: the last that was blessed, or rolled back to."""
+        last = self._journal.last_commit()
+        return versions.parse(last.to_version) if last and last.to_version else None
+
+    def _needed_releases(self) -> set[str] | None:
+        """Return the digests of the releases that must stay; None where another process decides that."""
+        if self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL, Phase.RETIRED}:
+            return None
+        last, newest = self._journal.last_commit(), next(iter(self._journal.records()), None)
+        found = {self._program.sha256}
+        found |= {last.sha256, last.from_sha256} if last else set()
+        found |= {newest.sha256} if newest else set()  # under way, or failed and looked into
+        return {sha256 for sha256 in found if sha256}
 
     def _stop(self, number: signal.Signals) -> int:
         """End an upgrade, then finish what is under way."""

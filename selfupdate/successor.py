@@ -105,10 +105,18 @@ class Successor:
         self._announces_until: float | None = None
         self._is_deaf = False
 
-    def start(self, listener: socket.socket | None, generation: int, environ: Mapping[str, str], stop_fd: int) -> None:
+    def start(
+        self,
+        listener: socket.socket | None,
+        lock_fd: int,
+        hello: Mapping[str, object],
+        environ: Mapping[str, str],
+        stop_fd: int,
+    ) -> None:
         """Start it; with `listener`, as a successor that may share it. Raises SuccessorError or UpgradeError.
 
-        A wait ends with StopRequestedError when `stop_fd` becomes readable.
+        It holds the lock `lock_fd`, too, and is told `hello` first. A wait ends with StopRequestedError
+        when `stop_fd` becomes readable.
         """
         self._stop_fd = stop_fd
         try:
@@ -117,8 +125,8 @@ class Successor:
         except OSError as error:
             raise UpgradeError(f"this machine cannot start a successor: {error}") from error
         self._channel.settimeout(self._limits.announce_time)
-        self._tell({"generation": generation, "secret": self._secret, "program": str(self._release.path)})
         passed = [listener.fileno()] if listener else []
+        self._tell({**hello, "secret": self._secret, "lock": FIRST_FD + len(passed) + 1})
         environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
         environ |= self._settings.environment()
         environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(FIRST_FD + len(passed))}
@@ -134,7 +142,7 @@ class Successor:
             str(self._bind),
         ]
         try:
-            self._process = process.spawn(command, environ, [*passed, theirs.fileno()], listeners=len(passed))
+            self._process = process.spawn(command, environ, [*passed, theirs.fileno(), lock_fd], listeners=len(passed))
             self._guard = process.Guard(self._process.pid)
         except OSError as error:
             kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError

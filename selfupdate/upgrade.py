@@ -17,10 +17,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
+from selfupdate import versions
+from selfupdate.candidates import Candidate
 from selfupdate.errors import (
+    CandidateError,
     ChoiceError,
     IllegalTransitionError,
     NotEligibleError,
+    NothingToRollBackToError,
     NotNowError,
     SelfUpdateError,
     StartError,
@@ -32,20 +36,25 @@ from selfupdate.errors import (
 from selfupdate.journal import now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.process import ready
+from selfupdate.recovery import settle
 from selfupdate.successor import Successor
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from selfupdate.candidates import Candidate, Scanner
+    from selfupdate.candidates import Scanner
     from selfupdate.journal import Journal, Record
     from selfupdate.listener import Address
+    from selfupdate.program import Program
     from selfupdate.releases import Store
     from selfupdate.server import Server
     from selfupdate.settings import Settings
 
 _log = logging.getLogger(__name__)
+
+
+_WAY_BACK = {Event.FAILED, Event.REVERTED, Event.STOP}
 
 
 class Upgrader:
@@ -54,7 +63,7 @@ class Upgrader:
     def __init__(  # noqa: PLR0913 - each is a noun of its own, given once by the composition root
         self,
         *,
-        version: str,
+        program: Program,
         generation: int,
         settings: Settings,
         lifecycle: Lifecycle,
@@ -62,6 +71,7 @@ class Upgrader:
         scanner: Scanner,
         store: Store,
         server: Server,
+        lock_fd: int,
         stop: tuple[socket.socket, socket.socket],
         on_retired: Callable[[], None],
         on_stop: Callable[[], None],
@@ -70,7 +80,8 @@ class Upgrader:
 
         Of the pair `stop`, the first becomes readable when this process is to stop: each wait ends with it.
         """
-        self._version = version
+        self._program = program
+        self._lock_fd = lock_fd
         self._generation = generation
         self._settings = settings
         self._lifecycle = lifecycle
@@ -99,16 +110,37 @@ class Upgrader:
         """The address of the service, with the port that it really has."""
         return self._bind
 
-    def request(self, name: str | None = None) -> Record | None:
+    def upgrade(self, name: str | None = None) -> Record | None:
         """Begin an upgrade, to the candidate `name` or to the greatest; return its record, or None if nothing is newer.
 
         Raises UpgradeUnderWayError, NotNowError, NoSuchCandidateError, NotEligibleError or ScanError.
         """
-        record = self._claim()
+        return self._begin(self._claim("upgrade", name=name), lambda: self._scanner.choose(name))
+
+    def roll_back(self) -> Record:
+        """Begin to go back to the release that ran before the last commit; return the record.
+
+        Raises UpgradeUnderWayError, NotNowError or NothingToRollBackToError.
+        """
+        record = self._begin(self._claim("rollback"), self._previous)
+        assert record is not None
+        return record
+
+    def _previous(self) -> Candidate:
+        last = self._journal.last_commit()
+        if last is None or last.from_sha256 is None or last.sha256 != self._program.sha256:
+            raise NothingToRollBackToError(
+                "There is no version to go back to: the one that runs is the first that this state directory knows."
+            )
         try:
-            if name is not None:
-                self._journal.change(record.id, name=name)
-            candidate = self._scanner.choose(name)
+            release = self._store.find(last.from_sha256)
+        except CandidateError as error:
+            raise NothingToRollBackToError(f"There is no version to go back to: {error}.") from None
+        return Candidate(release.name, versions.parse(last.from_version), release, None, eligible=True)
+
+    def _begin(self, record: Record, choose: Callable[[], Candidate | None]) -> Record | None:
+        try:
+            candidate = choose()
             if candidate is None:
                 self._journal.discard(record.id)
                 with self._claim_lock:
@@ -133,7 +165,7 @@ class Upgrader:
         self._stop_in.send(b"\0")
         self._idle.wait()
 
-    def _claim(self) -> Record:
+    def _claim(self, kind: str, **fields: Any) -> Record:
         with self._claim_lock:
             if self.is_stopping:
                 raise NotNowError("The service is stopping: ask again when it has started.")
@@ -148,7 +180,8 @@ class Upgrader:
                     raise UpgradeUnderWayError(current.id) from None
                 raise NotNowError(f"This process is {error.phase}: ask again, over a new connection.") from None
             self._idle.clear()
-            return self._journal.begin(self._version, phase)
+            origin = self._program.sha256
+            return self._journal.begin(self._program.version, phase, kind=kind, from_sha256=origin, **fields)
 
     def _drive(self, upgrade_id: str, candidate: Candidate) -> None:
         """Go through the upgrade, and decide what becomes of a failure."""
@@ -171,8 +204,7 @@ class Upgrader:
         self._step(upgrade_id, Event.STAGED)
         successor = self._start(candidate)
         follower = successor.show
-        for record in self._journal.follow(follower):
-            successor.show(record)
+        self._journal.follow(follower)
         try:
             self._step(upgrade_id, Event.ANNOUNCED)
             successor.probe()
@@ -183,7 +215,11 @@ class Upgrader:
             self._step(upgrade_id, Event.REPLACED)
             successor.watch(self._settings.probation)
 
-            self._step(upgrade_id, Event.BLESSED, outcome="committed", ended_at=now())
+            path = str(self._program.path) if self._program.path else None
+            self._step(upgrade_id, Event.BLESSED, outcome="committed", ended_at=now(), program=path)
+            commit = self._journal.get(upgrade_id)
+            assert commit is not None
+            settle(self._journal, self._store, commit)
         finally:
             self._journal.unfollow(follower)
         successor.bless()
@@ -210,7 +246,13 @@ class Upgrader:
         assert candidate.release is not None
         successor = Successor(candidate.release, str(candidate.version), self._settings, self._bind, upgrade_bind)
         self._successor = successor
-        successor.start(listener, self._generation + 1, os.environ, self._stop_out.fileno())
+        hello = {
+            "generation": self._generation + 1,
+            "program": str(self._program.path) if self._program.path else None,
+            "sha256": candidate.release.sha256,
+            "installed": self._program.installed,
+        }
+        successor.start(listener, self._lock_fd, hello, os.environ, self._stop_out.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
         successor.wait_for_standby()
         return successor
@@ -224,9 +266,13 @@ class Upgrader:
         successor.replace()
 
     def _step(self, upgrade_id: str, event: Event, **fields: Any) -> None:
-        """Ask the machine, then write it down."""
+        """Ask the machine, then write it down, and only then go on.
+
+        Raises UpgradeError where it can't be written on the way forward; the way back is gone all the same.
+        """
         phase = self._lifecycle.step(event)
-        record = self._journal.change(upgrade_id, phase, **fields)
+        write = self._journal.conclude if event in _WAY_BACK else self._journal.change
+        record = write(upgrade_id, phase, **fields)
         fields = {"upgrade": upgrade_id, "phase": phase, "to": record.to_version, "outcome": record.outcome}
         if record.reason is None:
             _log.info("upgrade", extra=fields)

@@ -42,6 +42,9 @@ class Figures:
     longest_gap: float = 0.0
     """Between two answers to any client."""
     last_answer: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    """The time that these figures are of."""
 
 
 class _EndedBetweenAnswersError(Exception):
@@ -151,6 +154,7 @@ class _Generator:
         with self._lock:
             figures, self._figures = self._figures, Figures(last_answer=self._figures.last_answer)
         figures.longest_gap = max(figures.longest_gap, now - figures.last_answer)
+        figures.seconds = now - figures.began
         return vars(figures)
 
     def stop(self) -> None:

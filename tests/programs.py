@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 import zipfile
@@ -27,7 +28,9 @@ class Programs:
 
     def faulty(self, version: str, name: str, fault: str) -> Path:
         """Return this program in a version, with the statements `fault` run before it starts."""
-        target = self._directory / f"{name}-{version}"
+        target = self._directory / f"{name}-{version}-{hashlib.sha256(fault.encode()).hexdigest()[:8]}"
+        if target.exists():
+            return target
         archive = zipfile.ZipFile(io.BytesIO(self.version(version).read_bytes()))
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as changed:

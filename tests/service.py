@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import threading
@@ -44,28 +45,69 @@ class Answer:
 class Service:
     """A process that was started from a program, with its successors, until none is left."""
 
-    def __init__(self, program: Path, directory: Path, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        program: Path,
+        directory: Path,
+        *flags: str,
+        environ: Mapping[str, str] | None = None,
+        user: int | None = None,
+    ) -> None:
         self.upgrade_dir = directory / "upgrades"
         self.upgrade_dir.mkdir(parents=True, exist_ok=True)
+        self.program = directory / "self-update"
+        if program != self.program:
+            shutil.copy2(program, self.program)  # an upgrade replaces the file that the service is started from
         self.lines: list[Line] = []
         self.statuses: dict[int, int | None] = {}
         """How each process that has ended did so."""
+        self.state_dir = directory / "state"
+        self._user = user
+        self._flags = flags
+        self._directory = directory
+        self._environ = {**os.environ, **(environ or {})}
         self._news = threading.Condition()
+        self._start()
+
+    def _start(self) -> None:
+        """Start the program on disk."""
         self._ended = False
         self.process = subprocess.Popen(
             [
-                str(program),
+                str(self.program),
                 *("-bind", "localhost:0", "-upgrade-bind", "localhost:0"),
-                *("-state-dir", str(directory / "state"), "-upgrade-dir", str(self.upgrade_dir)),
-                *flags,
+                *("-state-dir", str(self.state_dir), "-upgrade-dir", str(self.upgrade_dir)),
+                *self._flags,
             ],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **(environ or {})},
+            env=self._environ,
             start_new_session=True,
-            cwd=directory,
+            cwd=self._directory,
+            user=self._user,
         )
         threading.Thread(target=self._read, daemon=True).start()
+
+    def restart(self) -> None:
+        """Start again what is on disk now, when no process is left."""
+        self.lines.clear()
+        self._start()
+
+    def survivor(self) -> Any:
+        """Return the status when somebody serves for good, or None when no process is left."""
+        address = self.address
+        deadline = time.monotonic() + PATIENCE
+        while not self._ended:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status = self.ask("GET", "/status", address=address, timeout=1.0).json
+                if status.get("phase") == "RUNNING":
+                    return status
+            assert time.monotonic() < deadline, self.lines
+        return None
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -120,9 +162,10 @@ class Service:
         body: object = None,
         headers: Mapping[str, str] | None = None,
         address: tuple[str, int] | None = None,
+        timeout: float = PATIENCE,
     ) -> Answer:
         """Send one request over a connection of its own."""
-        connection = http.client.HTTPConnection(*(address or self.address), timeout=PATIENCE)
+        connection = http.client.HTTPConnection(*(address or self.address), timeout=timeout)
         try:
             connection.request(method, path, None if body is None else json.dumps(body), dict(headers or {}))
             return Answer(connection.getresponse())

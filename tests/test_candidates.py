@@ -11,9 +11,9 @@ from programs import shell, write_program
 
 from selfupdate import versions
 from selfupdate.candidates import Candidate, Scanner
-from selfupdate.errors import CandidateError, NoSuchCandidateError, NotEligibleError, ScanError, StartError
+from selfupdate.errors import CandidateError, NoSuchCandidateError, NotEligibleError, ScanError, StateError
 from selfupdate.journal import Journal, Record
-from selfupdate.releases import Store
+from selfupdate.releases import Store, install
 from selfupdate.settings import Limits
 
 if TYPE_CHECKING:
@@ -32,21 +32,28 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Make a store of releases."""
-    return Store(tmp_path / "state", 10000)
+    (tmp_path / "state").mkdir()
+    store = Store(tmp_path / "state", 10000)
+    store.open()
+    return store
 
 
 @pytest.fixture
-def scanner(directory: Path, store: Store) -> Iterator[Callable[..., Scanner]]:
+def scanner(directory: Path, store: Store, tmp_path: Path) -> Iterator[Callable[..., Scanner]]:
     """Make scanners for a running version, 1.0.0 unless another is given."""
     stop_out, stop_in = socket.socketpair()
 
-    def make(running: str = "1.0.0", allow: str | None = None, journal: Journal | None = None) -> Scanner:
+    def make(
+        running: str = "1.0.0", allow: str | None = None, journal: Journal | None = None, floor: str | None = None
+    ) -> Scanner:
         return Scanner(
             directory,
             store,
             running=versions.parse(running),
             allow=versions.parse_specifiers(allow) if allow else None,
-            fault_of=(journal or Journal()).fault_of,
+            floor=lambda: versions.parse(floor) if floor else None,
+            fault_of=(journal or Journal(tmp_path / "journal")).fault_of,
+            needed=lambda: None,
             stop_fd=stop_out.fileno(),
             limits=Limits(),
         )
@@ -153,11 +160,11 @@ def test_a_lesser_one_can_be_asked_for_by_name(directory: Path, scanner: Callabl
     assert (chosen.name, chosen.reason) == ("a", None)
 
 
-def test_a_release_that_failed_is_passed_over(directory: Path, scanner: Callable[..., Scanner]) -> None:
+def test_a_release_that_failed_is_passed_over(directory: Path, tmp_path: Path, scanner: Callable[..., Scanner]) -> None:
     """By its digest, whatever its name, until it is asked for; the next greatest is taken instead."""
     for name, version in {"a": "1.2.0", "b": "2.0.0"}.items():
         shell(directory / name, version, "")
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     digest = scanner().scan()[0].as_json()["sha256"]
     assert isinstance(digest, str)
     journal.put(
@@ -242,8 +249,48 @@ def test_a_release_is_copied_once(directory: Path, store: Store) -> None:
     assert store.stage(source).path.read_bytes() == source.read_bytes()
 
 
-def test_a_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    """The service does not start, and says which flag helps."""
+def test_releases_that_nobody_needs_are_removed(directory: Path, store: Store) -> None:
+    """Those that are named stay; one that is being copied is let alone."""
+    kept, other = (
+        store.stage(shell(directory / name, version, "")) for name, version in (("a", "1.1.0"), ("b", "1.2.0"))
+    )
+    scratch = store.scratch()
+    store.prune({kept.sha256})
+    assert kept.path.exists()
+    assert not other.path.exists()
+    assert scratch.exists()
+    assert store.stage(directory / "b").path.exists()
+
+
+def test_a_release_that_was_damaged_is_not_found(directory: Path, store: Store) -> None:
+    """What is gone back to must have the digest that was blessed."""
+    release = store.stage(shell(directory / "a", "1.1.0", ""))
+    assert store.find(release.sha256).path == release.path
+    release.path.chmod(0o700)
+    release.path.write_bytes(b"evil")
+    with pytest.raises(CandidateError, match="is damaged: its content has another digest"):
+        store.find(release.sha256)
+
+
+def test_installing_keeps_mode_and_owner_and_leaves_one_whole_file(
+    directory: Path, store: Store, tmp_path: Path
+) -> None:
+    """The file is replaced by a rename: who has it open still reads the old one."""
+    release = store.stage(shell(directory / "a", "1.1.0", ""))
+    program = tmp_path / "bin" / "program"
+    program.parent.mkdir()
+    program.write_bytes(b"old")
+    program.chmod(0o751)
+    with program.open("rb") as running:
+        install(release, program)
+        assert running.read() == b"old"
+    assert program.read_bytes() == release.path.read_bytes()
+    assert program.stat().st_mode & 0o777 == 0o751
+    assert [path.name for path in program.parent.iterdir()] == ["program"]
+
+
+def test_a_state_directory_that_cannot_keep_releases(tmp_path: Path) -> None:
+    """The text says which flag helps."""
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(StartError, match="give another one with -state-dir"):
-        Store(tmp_path / "file" / "state", 1)
+    with pytest.raises(StateError, match="give another one with -state-dir"):
+        Store(tmp_path / "file", 1).open()

@@ -40,10 +40,6 @@ def test_wrong_usage_exits_with_2(programs: Programs) -> None:
             ["-bind", "no.such.host.invalid:80"],
             "cannot listen on no.such.host.invalid:80: the host name is not known here",
         ),
-        (
-            ["-state-dir", "/dev/null/x"],
-            "cannot keep releases in the state directory /dev/null/x: Not a directory; give another",
-        ),
     ],
 )
 def test_a_failed_start_exits_with_1(programs: Programs, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+from typing import TYPE_CHECKING
 
 from service import PATIENCE
 
-from selfupdate.journal import KEPT, Journal, Record
+from selfupdate.journal import KEPT, ROTATED_AT, Journal, Record
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-def test_a_record_grows_with_its_upgrade() -> None:
+def test_a_record_grows_with_its_upgrade(tmp_path: Path) -> None:
     """Each phase is noted with its time; fields are replaced; the outcome ends it."""
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     record = journal.begin("1.0.0", "CHOOSING")
     assert journal.current() == record
     journal.change(record.id, "STAGING", to_version="1.1.0", name="a", sha256="00")
@@ -31,18 +35,45 @@ def test_a_record_survives_the_way_to_another_process() -> None:
     assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
 
 
-def test_the_newest_are_kept_and_come_first() -> None:
+def test_the_newest_are_kept_and_come_first(tmp_path: Path) -> None:
     """The history is bounded."""
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     for number in range(KEPT + 10):
         journal.put(Record(str(number), "1.0.0", "RUNNING", "", outcome="aborted"))
     numbers = [int(record.id) for record in journal.records()]
     assert numbers == list(range(KEPT + 9, 9, -1))
 
 
-def test_only_the_last_try_of_a_release_counts() -> None:
+def test_the_file_is_written_anew_above_a_size_and_keeps_the_history(tmp_path: Path) -> None:
+    """It does not grow without end; what it holds then is read as before."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open()
+    record = journal.begin("1.0.0", "CHOOSING")
+    for number in range(30):
+        journal.change(record.id, reason=f"{number} " + "x" * 200_000)
+    assert path.stat().st_size <= ROTATED_AT
+    other = journal.begin("1.0.0", "CHOOSING")
+    journal.change(other.id, outcome="aborted")
+    again = Journal(path)
+    again.read()
+    assert again.records() == journal.records()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
+
+
+def test_a_line_is_on_disk_before_the_step(tmp_path: Path) -> None:
+    """What `change` returns is what another process reads."""
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    record = journal.change(journal.begin("1.0.0", "CHOOSING").id, "STAGING")
+    reader = Journal(tmp_path / "journal")
+    reader.read()
+    assert reader.records() == [record]
+
+
+def test_only_the_last_try_of_a_release_counts(tmp_path: Path) -> None:
     """A release that failed and was then committed is no failure any more."""
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     failed = Record("1", "1.0.0", "RUNNING", "", sha256="00", outcome="aborted", is_fault_of_release=True)
     journal.put(failed)
     assert journal.fault_of("00") == failed
@@ -51,9 +82,9 @@ def test_only_the_last_try_of_a_release_counts() -> None:
     assert journal.fault_of("00") is None
 
 
-def test_waiting_ends_with_the_outcome_or_with_the_time() -> None:
+def test_waiting_ends_with_the_outcome_or_with_the_time(tmp_path: Path) -> None:
     """A waiter is woken by the change that it waits for."""
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     record = journal.begin("1.0.0", "CHOOSING")
     assert journal.wait(record.id, lambda record: record.outcome is not None, 0.01) == record
     ended = threading.Timer(0.05, journal.change, (record.id,), {"outcome": "committed"})
@@ -65,13 +96,13 @@ def test_waiting_ends_with_the_outcome_or_with_the_time() -> None:
     assert journal.wait(record.id, lambda _: False, PATIENCE) is None
 
 
-def test_a_follower_sees_every_change_and_all_that_was_before() -> None:
+def test_a_follower_sees_every_change_and_all_that_was_before(tmp_path: Path) -> None:
     """Nothing falls between the history and the news."""
-    journal = Journal()
+    journal = Journal(tmp_path / "journal")
     first = journal.begin("1.0.0", "CHOOSING")
     seen: list[Record] = []
     follower = seen.append
-    assert list(journal.follow(follower)) == [first]
+    journal.follow(follower)
     second = journal.change(first.id, "STAGING")
     journal.unfollow(follower)
     journal.change(first.id, "STARTING")

@@ -50,6 +50,9 @@ function showStatus(status) {
   document.title = `self-update ${status.version}`;
   at("facts").textContent = `process ${status.pid}, generation ${status.generation}, ${status.phase}, ` +
     `on ${status.bind} since ${new Date(status.started_at).toLocaleString()}`;
+  const { version, reason } = status.installed;
+  at("restart").hidden = version === status.version;
+  at("restart").textContent = `A restart will bring ${version}${reason ? `: ${reason}` : ""}.`;
 }
 
 function showSteps(record) {

@@ -1,0 +1,89 @@
+"""The state directory: private to one service, by a lock that lasts as long as any of its processes.
+
+The lock is flock(2)'s, which belongs to the open file and not to a process: an
+incumbent passes the descriptor to its successor, so there is no moment in a
+handover in which a stranger could take it, and none in which it is left behind
+by a process that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from selfupdate.errors import StartError, StateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+_LOCK = "lock"
+
+
+class StateDirectory:
+    """The directory, made where it is missing, for this user alone."""
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path; nothing is made or opened yet."""
+        self.path = path.absolute()
+        self._fd = -1
+
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor that holds the lock, to be passed on."""
+        return self._fd
+
+    def inherit(self, fd: int) -> None:
+        """Hold the lock that an incumbent passed on as `fd`."""
+        os.set_inheritable(fd, False)
+        self._fd = fd
+
+    def open(self) -> None:
+        """Make the directory where it is missing. Raises StateError where it can't be made or written."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StateError(
+                f"the state directory {self.path} cannot be used: {error.strerror}; "
+                "make it writable for this account, or give another one with -state-dir"
+            ) from error
+
+    def lock(self, *, wait: bool = False) -> None:
+        """Take the lock; with `wait`, when it is free. Raises StartError, naming who has it."""
+        if sys.platform == "win32":
+            return
+        import fcntl  # noqa: PLC0415 - POSIX only
+
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(
+                f"the state directory {self.path} is in use{self._holder()}; "
+                "stop that service, or give this one a directory of its own with -state-dir"
+            ) from None
+
+    def sign(self, bind: str) -> None:
+        """Write down who holds the lock, and where it serves, for people and for scripts."""
+        if self._fd < 0:
+            return
+        text = json.dumps({"pid": os.getpid(), "bind": bind}).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk, say: what needs the disk will say so
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.write(self._fd, text.ljust(256))
+
+    def _holder(self) -> str:
+        signed = signature(self.path)
+        return f" by process {signed['pid']}, which serves on {signed['bind']}" if signed else ""
+
+
+def signature(state_dir: Path) -> dict[str, str]:
+    """Return the `pid` and the `bind` that the last service on `state_dir` signed with, or nothing."""
+    try:
+        signed = json.loads((state_dir / _LOCK).read_bytes())
+        return {"pid": str(signed["pid"]), "bind": str(signed["bind"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
