@@ -14,6 +14,7 @@ from selfupdate import __version__, log, program, settings, versions
 from selfupdate import listener as listeners
 from selfupdate.app import App
 from selfupdate.candidates import Scanner
+from selfupdate.client import Client
 from selfupdate.errors import CandidateError, IllegalTransitionError, SelfUpdateError, StateError, UsageError
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
@@ -44,6 +45,13 @@ def run(arguments: Sequence[str]) -> int:
         if given.help or given.version:
             print(settings.usage() if given.help else __version__)
             return 0
+        for command, is_asked_for in (
+            (Client.status, given.status),
+            (Client.apply, given.apply),
+            (Client.roll_back, given.rollback),
+        ):
+            if is_asked_for:
+                return command(Client(given))
         return _Service(given).run()
     except UsageError as error:
         return _fail(2, error)

@@ -109,12 +109,16 @@ FLAGS = (
     Flag("drain", "30s", parse_duration, _DURATION, "how long requests under way may take to end"),
     Flag("allow", None, parse_specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
     Flag("allowed-hosts", None, _hosts, "host names with commas between", "names that clients may call the service by"),
+    Flag("status", "false", _switch, _BOOLEAN, "print how the running service stands, and exit"),
+    Flag("json", "false", _switch, _BOOLEAN, "with -status: print JSON"),
+    Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, print each phase, and exit"),
+    Flag("rollback", "false", _switch, _BOOLEAN, "ask the running service to go back to the version before, likewise"),
     Flag("version", "false", _switch, _BOOLEAN, "print the version and exit"),
     Flag("help", "false", _switch, _BOOLEAN, "print this text and exit"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 _BY_NAME["h"] = _BY_NAME["help"]
-_ABOUT_THE_CALL = {"version", "help"}
+_ABOUT_THE_CALL = {"status", "json", "apply", "rollback", "version", "help"}
 """Flags that ask for something else than a service; the environment does not set them."""
 _ON_THE_COMMAND_LINE = {"upgrade", "upgrade-bind", "bind"}
 """Flags that an incumbent passes as arguments; the others go through the environment."""
@@ -177,6 +181,10 @@ class Settings:
     drain: float
     allow: SpecifierSet | None
     allowed_hosts: frozenset[str] | None
+    status: bool
+    json: bool
+    apply: bool
+    rollback: bool
     version: bool
     help: bool
     given: Mapping[str, str]
