@@ -1,0 +1,258 @@
+"""A kill at every step: whoever is left serves, or the program on disk does, and the journal explains it.
+
+The cases are generated from the transition table, so that no step can be forgotten. A process is
+held at a moment of a transition, just before anything of it is done or just behind its record in
+the journal; behind its effect is just before the next. Then the incumbent, the successor or both
+are killed, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from programs import Programs, shell
+from service import PATIENCE, Service
+
+from selfupdate.lifecycle import TRANSITIONS, Event, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.slow
+
+BEFORE, RECORDED = "before", "recorded"
+INCUMBENT, SUCCESSOR, BOTH = "incumbent", "successor", "both"
+UPGRADE, ROLLBACK = "upgrade", "rollback"
+
+# Waits at the gate at the moment, once, in the process that is on its way from the phase by the event.
+_HOLD = """
+import os
+from selfupdate import lifecycle, upgrade
+phase, event, moment, kind, gate = os.environ.get("HOLD", "::::").split(":")
+held = []
+def hold(then):
+    if then == moment and not held and os.path.exists(gate):
+        held.append(True)
+        open(gate).close()
+step, write = lifecycle.Lifecycle.step, upgrade.Upgrader._step
+def machine_step(self, given):
+    is_it = (self._phase, given) == (phase, event) and is_kind()
+    if is_it:
+        hold("before")
+    target = step(self, given)
+    if is_it and phase in ("RUNNING", "STANDBY", "TRIAL"):
+        hold("recorded")
+    return target
+def driver_step(self, upgrade_id, given, **fields):
+    is_it = (self._lifecycle.phase, given) == (phase, event) and is_kind()
+    write(self, upgrade_id, given, **fields)
+    if is_it:
+        hold("recorded")
+kinds = []
+claim = upgrade.Upgrader._claim
+def remember(self, kind, **fields):
+    kinds.append(kind)
+    return claim(self, kind, **fields)
+def is_kind():
+    return not kinds or kinds[-1] == kind
+lifecycle.Lifecycle.step, upgrade.Upgrader._step, upgrade.Upgrader._claim = machine_step, driver_step, remember
+"""
+
+_FAILS_ON_TRIAL = """
+from selfupdate import app, messages
+respond = app.App.respond
+def answer(self, request):
+    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else respond(self, request)
+app.App.respond = answer
+"""
+_FAILS_TO_REPLACE = """
+from selfupdate import incumbent, messages
+incumbent.Standby._take_over = lambda self: messages.problem(503, "No.")
+"""
+_FAILS_PROBE = """
+from selfupdate import app, messages
+app.App.health = lambda self: messages.json_response({}, 503)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kill: at a moment of a transition, of an upgrade or a rollback, of one process or both."""
+
+    kind: str
+    phase: Phase
+    event: Event
+    moment: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.phase}-{self.event}-{self.moment}-{self.target}"
+
+    @property
+    def is_successors(self) -> bool:
+        return self.phase in {Phase.STANDBY, Phase.TRIAL}
+
+    @property
+    def goes_wrong(self) -> bool:
+        """Whether the transition belongs to an upgrade that fails by itself."""
+        return self.event in {Event.FAILED, Event.REVERTED}
+
+
+# With a successor that is alive at each moment of the transition.
+_ACCOMPANIED = {Phase.STARTING, Phase.PROBING, Phase.REPLACING, Phase.PROBATION, Phase.STANDBY, Phase.TRIAL}
+# Stops have tests of their own; UP_TO_DATE ends what was nothing; the way from the end is none;
+# and an orphan is what the other kills make.
+_ELSEWHERE = {Event.STOP, Event.UP_TO_DATE, Event.STOPPED, Event.ORPHANED}
+
+
+def _cases() -> Iterator[Case]:
+    for kind in (UPGRADE, ROLLBACK):
+        for phase, row in TRANSITIONS.items():
+            for event in row.keys() - _ELSEWHERE:
+                wrong = event in {Event.FAILED, Event.REVERTED}
+                if kind == ROLLBACK and wrong:
+                    continue  # what fails is the same code: a release does not know why it is started
+                accompanied = phase in _ACCOMPANIED and not (phase is Phase.STARTING and wrong)
+                for moment in (BEFORE, RECORDED):
+                    for target in (INCUMBENT, SUCCESSOR, BOTH) if accompanied else (INCUMBENT,):
+                        yield Case(kind, phase, event, moment, target)
+
+
+CASES = sorted(_cases(), key=str)
+
+
+class Asking:
+    """A client that asks without pause, each time over a new connection, and is never to be refused."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.failed: Counter[str] = Counter()
+        self.answered = 0
+        self._address = address
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            connection = http.client.HTTPConnection(*self._address, timeout=PATIENCE)
+            try:
+                connection.request("GET", "/version")
+                connection.getresponse().read()
+                self.answered += 1
+            except (OSError, http.client.HTTPException) as error:
+                self.failed[type(error).__name__] += 1
+            finally:
+                connection.close()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _version_of(program: Path) -> str:
+    ran = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    return ran.stdout.strip()
+
+
+def _prepare(case: Case, programs: Programs, directory: Path, gate: Path) -> tuple[Service, str]:
+    """Start a service, and put the candidate there; return it with the name of the candidate."""
+    environ = {"HOLD": f"{case.phase}:{case.event}:{case.moment}:{case.kind}:{gate}"}
+    (directory / "held").mkdir()
+    old, new = "1.0.0", "1.1.0"
+    flags = ("-probation", "100ms", "-drain", "2s", "-standby", "10s")
+
+    def held(version: str, where: Path) -> Path:
+        return Path(shutil.copy2(programs.faulty(version, "held", _HOLD), where))
+
+    if case.kind == UPGRADE:
+        program = programs.version(old) if case.is_successors else held(old, directory / "held" / "program")
+        service = Service(program, directory, *flags, environ=environ)
+        candidate = service.upgrade_dir / new
+        if not case.goes_wrong:
+            held(new, candidate) if case.is_successors else candidate.symlink_to(programs.version(new))
+        elif case.phase is Phase.STAGING:
+            shell(candidate, new, "").write_text(f"#!/bin/sh\nrm '{candidate}'\necho {new}\n", encoding="utf-8")
+        elif case.phase in {Phase.STARTING, Phase.ABORTING}:
+            shell(candidate, new, "exit 3")
+        elif case.phase is not Phase.CHOOSING:
+            faults = {Phase.PROBING: _FAILS_PROBE, Phase.REPLACING: _FAILS_TO_REPLACE}
+            fault = faults.get(case.phase, _FAILS_ON_TRIAL)
+            shutil.copy2(programs.faulty(new, f"fails-{faults.get(case.phase) and case.phase}", fault), candidate)
+        return service, new
+    # A rollback goes from the newer version, held as the incumbent, or to the older one, held as its successor.
+    program = held(old, directory / "held" / "program") if case.is_successors else programs.version(old)
+    service = Service(program, directory, *flags, environ=environ)
+    candidate = service.upgrade_dir / new
+    candidate.symlink_to(programs.version(new)) if case.is_successors else held(new, candidate)
+    assert service.upgrade()["outcome"] == "committed"
+    service.status_when(lambda status: status["phase"] == "RUNNING" and status["version"] == new)
+    service.process.wait(PATIENCE)
+    return service, new
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_kill_at_any_step_leaves_something_that_works(case: Case, programs: Programs, tmp_path: Path) -> None:
+    """Somebody serves, the program on disk is whole and the right one, and a further upgrade succeeds."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    service, name = _prepare(case, programs, tmp_path, gate)
+    with contextlib.closing(service):
+        before = service.get("/status")["version"]
+        after = {"1.0.0": "1.1.0", "1.1.0": "1.0.0"}[before]
+        incumbent = service.get("/status")["pid"]
+        asking = Asking(service.address)
+        lines = len(service.lines)
+        ask = threading.Thread(target=_request, args=(service, case, name))
+        ask.start()
+        with gate.open("wb"):  # somebody waits at its other end
+            successors = [line["successor"] for line in service.lines[lines:] if "started a" in line["message"]]
+            victims = {INCUMBENT: [incumbent], SUCCESSOR: successors, BOTH: [incumbent, *successors]}[case.target]
+            assert victims
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            gate.unlink()
+        status = service.survivor()
+        ask.join(PATIENCE)
+        has_survived = status is not None
+        if has_survived:
+            service.wait_until_alone(status["pid"])
+            asking.stop()
+            assert not asking.failed["ConnectionRefusedError"]
+        else:
+            asking.stop()
+            service.wait_for_end()
+            assert _version_of(service.program) in {before, after}
+            service.restart()
+            status = service.status_when(lambda status: status["phase"] == "RUNNING")
+        newest = (service.get("/upgrades")["upgrades"] or [None])[0]
+        is_this = newest is not None and newest["from"] == before
+        if is_this:
+            assert newest["outcome"] is not None
+            assert newest["outcome"] == "committed" or newest["reason"]
+        committed = is_this and newest["outcome"] == "committed"
+        assert _version_of(service.program) == (after if committed else before)
+        if not has_survived:
+            assert status["version"] == (after if committed else before)
+        (service.upgrade_dir / "1.2.0").symlink_to(programs.version("1.2.0"))
+        assert service.upgrade("1.2.0")["outcome"] == "committed"
+        assert _version_of(service.program) == "1.2.0"
+
+
+def _request(service: Service, case: Case, name: str) -> None:
+    """Ask for what is to be interrupted; the answer may be lost with the process that owes it."""
+    body = {"name": "nothing"} if (case.phase, case.event) == (Phase.CHOOSING, Event.FAILED) else {"name": name}
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        service.ask(
+            "POST", "/rollback" if case.kind == ROLLBACK else "/upgrade", None if case.kind == ROLLBACK else body
+        )
