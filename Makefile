@@ -6,7 +6,7 @@ VERSION ?=
 venv := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-windows candidate run lint format test test-quick diagram lock clean
+.PHONY: help build build-windows candidate run lint format test test-quick soak diagram lock clean
 
 help: ## show this text
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | while IFS="$$(printf '\t')" read -r name text; do \
@@ -43,6 +43,9 @@ test: .venv/dev.stamp ## all tests
 test-quick: .venv/dev.stamp ## the tests that start no service, in seconds
 	@mkdir -p dist
 	@.venv/bin/pytest --basetemp=dist/tests -m 'not slow'
+
+soak: .venv/dev.stamp ## 200 upgrades in a row, and a table of what they cost
+	@PYTHONPATH=.:.ci:tests $(venv) tests/soak.py
 
 diagram: .venv/dev.stamp ## draw README's state diagram anew from the transition table
 	@PYTHONPATH=. $(venv) tests/diagram.py
