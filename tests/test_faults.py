@@ -303,7 +303,7 @@ import os, time
 fsync = os.fsync
 def slow(fd):
     if os.readlink(f"/proc/self/fd/{fd}").endswith("/journal"):
-        time.sleep(2)
+        time.sleep(2)  # the fault itself
     fsync(fd)
 os.fsync = slow
 """

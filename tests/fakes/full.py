@@ -17,7 +17,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/replace" and MODE == "drips":
             while True:
                 self.wfile.write(b"H")
-                time.sleep(0.1)
+                time.sleep(0.1)  # the pace of the drip: the fault itself
         if self.path == "/replace":
             if MODE == "dies before it accepts":
                 self.answer(200)

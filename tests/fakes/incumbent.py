@@ -27,7 +27,7 @@ def wait_until_it_listens(target):
         try:
             return socket.create_connection(target).close()
         except ConnectionRefusedError:
-            time.sleep(0.01)
+            time.sleep(0.01)  # the plain protocol has no announcement: a stranger can only look again
 
 
 bind, upgrade_bind, program = sys.argv[1:]
