@@ -25,6 +25,7 @@ from selfupdate.errors import (
     ScanError,
     VersionError,
 )
+from selfupdate.foreign import shown
 from selfupdate.versions import Version, parse_output
 
 if TYPE_CHECKING:
@@ -72,11 +73,6 @@ class Candidate:
             "eligible": self.eligible,
             "reason": self.reason,
         }
-
-
-def shown(name: str) -> str:
-    """Return a file's name as text that can be printed anywhere: what is not printable is escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 class Scanner:
@@ -311,6 +307,5 @@ def _history_of(failed: Record) -> str:
 
 
 def _last_words(stderr: bytes) -> str:
-    lines = stderr.decode("utf-8", "backslashreplace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return f": {shown(last.strip())[:200]}" if last else ""
+    last = next((line for line in reversed(stderr.split(b"\n")) if line.strip()), b"")
+    return f": {shown(last.strip(), 200)}" if last else ""
