@@ -12,8 +12,9 @@ starts, learns of changes through its channel while it stands by and is on
 trial, and writes only when it has been blessed or when the kernel says that the
 incumbent has gone. A process that may not write keeps what it learns in memory.
 
-Above a size the file is written anew with the last line of each record, beside
-itself and then renamed: the history stays, and there is always one whole file.
+When the file has doubled, and is above a size, it is written anew with the last
+line of each record, beside itself and then renamed: the history stays, and there
+is always one whole file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ KEPT = 500
 """Records that are kept; the oldest go first."""
 
 ROTATED_AT = 1024 * 1024
-"""Bytes of the file above which it is written anew."""
+"""Bytes of the file below which it is never written anew."""
 
 
 def now() -> str:
@@ -121,6 +122,7 @@ class Journal:
         self._path = path
         self._fd = -1
         self._size = 0
+        self._rotated_at = ROTATED_AT
         # Writing waits for the disk, and reading must not wait for writing: two locks, always in this order.
         self._writing = threading.Lock()
         self._changed = threading.Condition()
@@ -255,7 +257,7 @@ class Journal:
         if self._fd < 0:
             return  # this process may not write
         line = _line(record)
-        if self._size + len(line) > ROTATED_AT:
+        if self._size + len(line) > self._rotated_at:
             self._rotate()
         try:
             written = 0
@@ -283,6 +285,7 @@ class Journal:
             raise
         os.close(self._fd)
         self._fd, self._size = fd, len(content)
+        self._rotated_at = max(ROTATED_AT, 2 * self._size)  # or a long history would be written with every line
 
     def read(self) -> None:
         """Take in the history on disk. Raises StateError where it is there and can't be read."""

@@ -61,6 +61,22 @@ def test_the_file_is_written_anew_above_a_size_and_keeps_the_history(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
 
 
+def test_a_long_history_is_not_written_with_every_line(tmp_path: Path) -> None:
+    """A history above the size is written anew when it has doubled."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open()
+    for number in range(20):
+        record = journal.begin("1.0.0", "CHOOSING")
+        journal.change(record.id, outcome="aborted", reason=f"{number} " + "x" * 100_000)
+    inodes = set()
+    for _ in range(20):
+        journal.change(record.id, reason="again")
+        inodes.add(path.stat().st_ino)
+    assert len(inodes) <= 3
+    assert len(journal.records()) == 20
+
+
 def test_a_line_is_on_disk_before_the_step(tmp_path: Path) -> None:
     """What `change` returns is what another process reads."""
     journal = Journal(tmp_path / "journal")
