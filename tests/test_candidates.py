@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -239,6 +240,28 @@ def test_what_runs_is_a_private_copy(directory: Path, store: Store) -> None:
     source.unlink()
     with pytest.raises(CandidateError, match="a was removed after it had been chosen"):
         store.confirm(release)
+
+
+def test_a_file_that_is_being_written_is_taken_later(directory: Path, tmp_path: Path) -> None:
+    """A writer that is at work during the copy is noticed; when it has ended, the file is whole."""
+    store = Store(tmp_path, 1 << 30)
+    source = shell(directory / "a", "2.0.0", "#" * (8 << 20))
+    stop = threading.Event()
+
+    def write() -> None:
+        with source.open("ab", buffering=0) as file:
+            while not stop.is_set():
+                file.write(b"#")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with pytest.raises(CandidateError, match="is still being copied"):
+            store.stage(source)
+    finally:
+        stop.set()
+        writer.join()
+    assert store.stage(source).path.read_bytes() == source.read_bytes()
 
 
 def test_a_release_is_copied_once(directory: Path, store: Store) -> None:
