@@ -17,17 +17,18 @@ import subprocess
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import Programs, shell
 from service import PATIENCE, Service
 
 from selfupdate.lifecycle import TRANSITIONS, Event, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from programs import Programs
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,29 @@ def is_kind():
 lifecycle.Lifecycle.step, upgrade.Upgrader._step, upgrade.Upgrader._claim = machine_step, driver_step, remember
 """
 
+# What goes wrong on the way from a phase: in the incumbent, or in the successor as soon as it is one.
+_INCUMBENT_FAILS = {
+    Phase.CHOOSING: """
+from selfupdate import errors, upgrade
+def previous(self):
+    raise errors.NothingToRollBackToError("gone")
+upgrade.Upgrader._previous = previous
+""",
+    Phase.STAGING: """
+from selfupdate import errors, releases
+confirm = releases.Store.confirm
+def refuse(self, release):
+    if release.name != "1.2.0":
+        raise errors.CandidateError("changed")
+    confirm(self, release)
+releases.Store.confirm = refuse
+""",
+}
+_FAILS_TO_START = """
+import sys
+if "-upgrade" in sys.argv:
+    sys.exit(3)
+"""
 _FAILS_ON_TRIAL = """
 from selfupdate import app, messages
 respond = app.App.respond
@@ -76,14 +100,23 @@ def answer(self, request):
     return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else respond(self, request)
 app.App.respond = answer
 """
-_FAILS_TO_REPLACE = """
+_SUCCESSOR_FAILS = {
+    Phase.STARTING: _FAILS_TO_START,
+    Phase.ABORTING: _FAILS_TO_START,
+    Phase.PROBING: """
+from selfupdate import app, messages
+health = app.App.health
+def answer(self):
+    return messages.json_response({}, 503) if self._lifecycle.phase == "STANDBY" else health(self)
+app.App.health = answer
+""",
+    Phase.REPLACING: """
 from selfupdate import incumbent, messages
 incumbent.Standby._take_over = lambda self: messages.problem(503, "No.")
-"""
-_FAILS_PROBE = """
-from selfupdate import app, messages
-app.App.health = lambda self: messages.json_response({}, 503)
-"""
+""",
+    Phase.PROBATION: _FAILS_ON_TRIAL,
+    Phase.ROLLING_BACK: _FAILS_ON_TRIAL,
+}
 
 
 @dataclass(frozen=True)
@@ -121,8 +154,6 @@ def _cases() -> Iterator[Case]:
         for phase, row in TRANSITIONS.items():
             for event in row.keys() - _ELSEWHERE:
                 wrong = event in {Event.FAILED, Event.REVERTED}
-                if kind == ROLLBACK and wrong:
-                    continue  # what fails is the same code: a release does not know why it is started
                 accompanied = phase in _ACCOMPANIED and not (phase is Phase.STARTING and wrong)
                 for moment in (BEFORE, RECORDED):
                     for target in (INCUMBENT, SUCCESSOR, BOTH) if accompanied else (INCUMBENT,):
@@ -168,36 +199,24 @@ def _version_of(program: Path) -> str:
 def _prepare(case: Case, programs: Programs, directory: Path, gate: Path) -> tuple[Service, str]:
     """Start a service, and put the candidate there; return it with the name of the candidate."""
     environ = {"HOLD": f"{case.phase}:{case.event}:{case.moment}:{case.kind}:{gate}"}
-    (directory / "held").mkdir()
     old, new = "1.0.0", "1.1.0"
     flags = ("-probation", "100ms", "-drain", "2s", "-standby", "10s")
 
-    def held(version: str, where: Path) -> Path:
-        return Path(shutil.copy2(programs.faulty(version, "held", _HOLD), where))
+    def program(version: str, *, is_held: bool, faults: dict[Phase, str]) -> Path:
+        fault = faults.get(case.phase, "") if case.goes_wrong else ""
+        if not is_held and not fault:
+            return programs.version(version)
+        return programs.faulty(version, "faulty", (_HOLD if is_held else "") + fault)
 
-    if case.kind == UPGRADE:
-        program = programs.version(old) if case.is_successors else held(old, directory / "held" / "program")
-        service = Service(program, directory, *flags, environ=environ)
-        candidate = service.upgrade_dir / new
-        if not case.goes_wrong:
-            held(new, candidate) if case.is_successors else candidate.symlink_to(programs.version(new))
-        elif case.phase is Phase.STAGING:
-            shell(candidate, new, "").write_text(f"#!/bin/sh\nrm '{candidate}'\necho {new}\n", encoding="utf-8")
-        elif case.phase in {Phase.STARTING, Phase.ABORTING}:
-            shell(candidate, new, "exit 3")
-        elif case.phase is not Phase.CHOOSING:
-            faults = {Phase.PROBING: _FAILS_PROBE, Phase.REPLACING: _FAILS_TO_REPLACE}
-            fault = faults.get(case.phase, _FAILS_ON_TRIAL)
-            shutil.copy2(programs.faulty(new, f"fails-{faults.get(case.phase) and case.phase}", fault), candidate)
-        return service, new
-    # A rollback goes from the newer version, held as the incumbent, or to the older one, held as its successor.
-    program = held(old, directory / "held" / "program") if case.is_successors else programs.version(old)
-    service = Service(program, directory, *flags, environ=environ)
-    candidate = service.upgrade_dir / new
-    candidate.symlink_to(programs.version(new)) if case.is_successors else held(new, candidate)
-    assert service.upgrade()["outcome"] == "committed"
-    service.status_when(lambda status: status["phase"] == "RUNNING" and status["version"] == new)
-    service.process.wait(PATIENCE)
+    incumbent = program(old if case.kind == UPGRADE else new, is_held=not case.is_successors, faults=_INCUMBENT_FAILS)
+    successor = program(new if case.kind == UPGRADE else old, is_held=case.is_successors, faults=_SUCCESSOR_FAILS)
+    first, second = (incumbent, successor) if case.kind == UPGRADE else (successor, incumbent)
+    service = Service(first, directory, *flags, environ=environ)
+    shutil.copy2(second, service.upgrade_dir / new)
+    if case.kind == ROLLBACK:  # from the newer version to the older one, which was there first
+        assert service.upgrade()["outcome"] == "committed"
+        service.status_when(lambda status: status["phase"] == "RUNNING" and status["version"] == new)
+        service.process.wait(PATIENCE)
     return service, new
 
 
@@ -251,8 +270,9 @@ def test_a_kill_at_any_step_leaves_something_that_works(case: Case, programs: Pr
 
 def _request(service: Service, case: Case, name: str) -> None:
     """Ask for what is to be interrupted; the answer may be lost with the process that owes it."""
-    body = {"name": "nothing"} if (case.phase, case.event) == (Phase.CHOOSING, Event.FAILED) else {"name": name}
+    is_missing = (case.phase, case.event) == (Phase.CHOOSING, Event.FAILED)
     with contextlib.suppress(OSError, http.client.HTTPException):
-        service.ask(
-            "POST", "/rollback" if case.kind == ROLLBACK else "/upgrade", None if case.kind == ROLLBACK else body
-        )
+        if case.kind == ROLLBACK:
+            service.ask("POST", "/rollback")
+        else:
+            service.ask("POST", "/upgrade", {"name": "nothing" if is_missing else name})
