@@ -40,6 +40,7 @@ _SETTLED = b"\0"
 
 def run(arguments: Sequence[str]) -> int:
     """Run the service for a command line (without the program's name); return the exit status."""
+    _open_missing_streams()
     try:
         given = settings.parse(arguments, os.environ)
         if given.help or given.version:
@@ -62,6 +63,15 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(status: int, error: SelfUpdateError) -> int:
     print(f"self-update: {error}", file=sys.stderr)
     return status
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null where a standard stream is closed: a socket in its place would get what is printed."""
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
 class _Service:
