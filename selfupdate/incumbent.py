@@ -26,6 +26,7 @@ from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.messages import Request, Response, goes_by, json_response, problem
 from selfupdate.server import Server
 from selfupdate.successor import HANDOVER_FD
+from selfupdate.transcript import STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
@@ -56,6 +57,7 @@ class Incumbent:
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
         self._channel: socket.socket | None = None
         self._parent = os.getppid()
+        self._streams: list[int] = []
         fd = environ.pop(HANDOVER_FD, None)
         if fd is None:
             return
@@ -70,14 +72,24 @@ class Incumbent:
             self.program = Path(hello["program"]) if hello["program"] else None
             self.sha256 = str(hello["sha256"])
             self.installed = str(hello["installed"])
+            self._streams = [int(stream) for stream in hello["streams"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StartError(f"{HANDOVER_FD}={fd} is not an incumbent's channel: {error!r}") from error
         self._channel.settimeout(None)
+        for stream in self._streams:
+            os.set_inheritable(stream, False)
 
     @property
     def is_plain(self) -> bool:
         """Whether it speaks the plain protocol alone."""
         return self._channel is None
+
+    def take_streams(self) -> None:
+        """Write to the service's own output and error from here on, and not to pipes that the incumbent reads."""
+        for own, stream in zip(STREAMS, self._streams, strict=False):
+            os.dup2(stream, own)
+            os.close(stream)
+        self._streams = []
 
     def announce(self, **fields: str) -> None:
         """Tell it how this process stands (sd_notify(3))."""

@@ -78,6 +78,8 @@ class Record:
     """Whether that file was replaced; None until that was tried."""
     not_installed: str | None = None
     """Why it was not."""
+    log: str | None = None
+    """The end of what the successor wrote; None where none was started."""
 
     @property
     def is_settled(self) -> bool:
@@ -104,6 +106,7 @@ class Record:
             "program": self.program,
             "installed": self.installed,
             "not_installed": self.not_installed,
+            "log": self.log,
         }
 
     @classmethod

@@ -39,7 +39,10 @@ LEFTOVER_TIME = 0.2
 _HIGH_FD = 64
 """Descriptors are copied from above here to their places, so that no place is taken while it is still a source."""
 
-_GUARD = 'read -r word <&3 || kill -KILL "-$0"'
+# The first word says that the group may live on, the second that it has ended. Without the second, what it
+# writes from now on is passed on, for as long as it does: see `transcript`.
+_GUARD = 'read -r word <&3 || kill -KILL "-$0"; read -r word <&3 && exit; '
+_PASS_ON = {(2,): "exec cat <&4 >&2", (1, 2): "cat <&4 >&1 & exec cat <&5 >&2"}
 
 # LISTEN_PID has to be the number of a process that does not exist yet. The shell knows its own,
 # and keeps it across exec.
@@ -120,10 +123,18 @@ class Process:
                 os.killpg(self.pid, number)
 
 
-def spawn(arguments: Sequence[str], environ: Mapping[str, str], fds: Sequence[int], *, listeners: int) -> Process:
+def spawn(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    fds: Sequence[int],
+    *,
+    listeners: int = 0,
+    streams: Mapping[int, int] | None = None,
+) -> Process:
     """Start `arguments` with `fds` as its descriptors 3, 4, … of which the first are `listeners` sockets.
 
-    The child keeps this process's directory and standard streams. Raises OSError.
+    The child keeps this process's directory and standard streams, but for those that are given in
+    `streams`, by their number. Raises OSError.
     """
     if sys.platform != "linux":
         raise OSError("passing descriptors needs Linux")
@@ -134,48 +145,62 @@ def spawn(arguments: Sequence[str], environ: Mapping[str, str], fds: Sequence[in
     if listeners:
         environ["LISTEN_FDS"] = str(listeners)
         command = ["/bin/sh", "-c", _WITH_PID, *arguments]
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in fds]
+    places = {**dict(enumerate(fds, FIRST_FD)), **(streams or {})}
+    high = {place: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for place, fd in places.items()}
     try:
         with STARTING:
             pid = os.posix_spawn(
                 command[0],
                 command,
                 environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in enumerate(high, FIRST_FD)],
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in high.items()],
                 setpgroup=0,
                 setsigmask=(),
                 setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
             )
     finally:
-        for fd in high:
+        for fd in high.values():
             os.close(fd)
     return Process(pid)
 
 
 class Guard:
-    """Kills a process group when this process dies before it has let go of it.
+    """Acts for a process group when this process dies, or leaves, before that group has ended.
 
-    A group that was started by a process that is killed would live on, and hold what it inherited.
-    The kernel closes the pipe, and the shell at its other end, which did not get its word, acts.
+    A group that was started by a process that is killed would live on, and hold what it inherited;
+    one that is there to stay needs somebody to read what it writes. The kernel closes the pipe, and
+    the shell at its other end, which did not get its word, acts.
     """
 
-    def __init__(self, pid: int) -> None:
-        """Guard the group `pid`. Raises OSError."""
+    def __init__(self, pid: int, readers: Mapping[int, int]) -> None:
+        """Guard the group `pid`; `readers` is what it writes, by the stream to pass it on to. Raises OSError."""
         read, self._write = os.pipe()
         try:
-            self._shell = spawn(["/bin/sh", "-c", _GUARD, str(pid)], {}, [read], listeners=0)
+            command = ["/bin/sh", "-c", _GUARD + _PASS_ON[tuple(readers)], str(pid)]
+            self._shell = spawn(command, {"PATH": "/usr/bin:/bin"}, [read, *readers.values()])
         except BaseException:
             os.close(self._write)
             raise
         finally:
             os.close(read)
+        self.pid = self._shell.pid
 
     def release(self) -> None:
-        """Let the group live on without this process."""
+        """Let the group live on when this process dies."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self._write, b"\n")
+
+    def end(self) -> None:
+        """Guard no more: the group has ended."""
+        self.release()
+        self.release()
         os.close(self._write)
         self._shell.end(LEFTOVER_TIME)
+
+    def leave(self) -> None:
+        """Leave what the group writes to the guard; it was released to live on."""
+        os.close(self._write)
+        self._shell.forget()
 
 
 @dataclass(frozen=True)

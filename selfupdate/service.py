@@ -92,7 +92,6 @@ class _Service:
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
         self._server = Server("http", self._respond, given.limits)
-        Store(given.state_dir, given.limits.candidate_size)
         stop_out, stop_in = socket.socketpair()
         scanner = Scanner(
             given.upgrade_dir,
@@ -158,6 +157,8 @@ class _Service:
                 self._standby.end()
                 self._standby = None
             if self._lifecycle.phase is Phase.RUNNING:
+                if self._incumbent:
+                    self._incumbent.take_streams()
                 self._begin_to_own()
             if self._lifecycle.phase is Phase.RETIRED:
                 self._server.close(0)

@@ -33,6 +33,7 @@ from selfupdate import process, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
 from selfupdate.listener import FIRST_FD, Address, connect
 from selfupdate.notify import Receiver
+from selfupdate.transcript import STREAMS, Transcript
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,6 +102,7 @@ class Successor:
         self._process: process.Process | None = None
         self._channel: socket.socket | None = None
         self._guard: process.Guard | None = None
+        self._transcript: Transcript | None = None
         self._is_ready = False
         self._announces_until: float | None = None
         self._is_deaf = False
@@ -122,15 +124,18 @@ class Successor:
         try:
             self._notifications = Receiver()
             self._channel, theirs = _channel()
+            self._transcript = Transcript()
         except OSError as error:
             raise UpgradeError(f"this machine cannot start a successor: {error}") from error
         self._channel.settimeout(self._limits.announce_time)
-        passed = [listener.fileno()] if listener else []
-        self._tell({**hello, "secret": self._secret, "lock": FIRST_FD + len(passed) + 1})
+        listeners = [listener.fileno()] if listener else []
+        passed = [*listeners, theirs.fileno(), lock_fd, *STREAMS]
+        channel, lock, *streams = range(FIRST_FD + len(listeners), FIRST_FD + len(passed))
+        self._tell({**hello, "secret": self._secret, "lock": lock, "streams": streams})
         environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
         environ |= self._settings.environment()
-        environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(FIRST_FD + len(passed))}
-        if passed:
+        environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(channel)}
+        if listeners:
             environ["LISTEN_FDNAMES"] = "http"
         command = [
             str(self._release.path),
@@ -142,13 +147,21 @@ class Successor:
             str(self._bind),
         ]
         try:
-            self._process = process.spawn(command, environ, [*passed, theirs.fileno(), lock_fd], listeners=len(passed))
-            self._guard = process.Guard(self._process.pid)
+            self._process = process.spawn(
+                command, environ, passed, listeners=len(listeners), streams=self._transcript.writers
+            )
+            self._guard = process.Guard(self._process.pid, self._transcript.readers)
         except OSError as error:
             kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError
             raise kind(f"{self._release.name} cannot be executed: {error.strerror}") from error
         finally:
             theirs.close()
+            self._transcript.close_writers()
+
+    @property
+    def log(self) -> str | None:
+        """The end of what it wrote; None where it was not started."""
+        return self._transcript.text if self._transcript else None
 
     @property
     def pid(self) -> int:
@@ -196,7 +209,8 @@ class Successor:
 
     def replace(self) -> None:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
-        self._release_guard()
+        if self._guard:
+            self._guard.release()
         deadline = time.monotonic() + self._limits.replace_time
         doing = "when it was to take over"
         status, answer = self._get(
@@ -230,6 +244,10 @@ class Successor:
     def bless(self) -> None:
         """Tell it that it is there to stay, and let go of it."""
         self._tell({"blessed": True})
+        if self._transcript and self._guard:
+            self._transcript.leave(process.LEFTOVER_TIME)
+            self._guard.leave()
+            self._guard = None
         self._forget()
 
     def terminate(self) -> None:
@@ -242,15 +260,14 @@ class Successor:
         if self._process:
             status = self._process.end(grace)
             _log.info("the successor %s", process.ending(status), extra={"successor": self.pid})
+        if self._guard:
+            self._guard.end()
+            self._guard = None
+        if self._transcript:
+            self._transcript.end(process.LEFTOVER_TIME)
         self._forget()
 
-    def _release_guard(self) -> None:
-        if self._guard:
-            self._guard.release()
-            self._guard = None
-
     def _forget(self) -> None:
-        self._release_guard()
         if self._channel:
             self._channel.close()
             self._notifications.close()

@@ -180,6 +180,7 @@ class Upgrader:
                     raise UpgradeUnderWayError(current.id) from None
                 raise NotNowError(f"This process is {error.phase}: ask again, over a new connection.") from None
             self._idle.clear()
+            self._successor = None
             origin = self._program.sha256
             return self._journal.begin(self._program.version, phase, kind=kind, from_sha256=origin, **fields)
 
@@ -271,6 +272,8 @@ class Upgrader:
         Raises UpgradeError where it can't be written on the way forward; the way back is gone all the same.
         """
         phase = self._lifecycle.step(event)
+        if self._successor is not None:
+            fields["log"] = self._successor.log
         write = self._journal.conclude if event in _WAY_BACK else self._journal.change
         record = write(upgrade_id, phase, **fields)
         fields = {"upgrade": upgrade_id, "phase": phase, "to": record.to_version, "outcome": record.outcome}
@@ -345,7 +348,6 @@ class Upgrader:
         if self._successor is not None:
             self._successor.terminate()
             self._successor.end(grace)
-            self._successor = None
 
     def _raise_if_stopping(self) -> None:
         if self.is_stopping:

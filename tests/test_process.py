@@ -140,14 +140,45 @@ def test_end_waits_for_one_that_leaves_and_kills_one_that_does_not() -> None:
     os.close(write)
 
 
+def _streams() -> tuple[dict[int, int], dict[int, int]]:
+    """Make pipes for a child's output and error; return the writing and the reading ends."""
+    pipes = {stream: os.pipe() for stream in (1, 2)}
+    return {stream: write for stream, (_, write) in pipes.items()}, {
+        stream: read for stream, (read, _) in pipes.items()
+    }
+
+
+def test_a_guard_passes_on_what_a_group_writes_later(capfd: pytest.CaptureFixture[str]) -> None:
+    """It begins when this process has left the group to it, and ends with the last who can write."""
+    writers, readers = _streams()
+    read, write = os.pipe()
+    child = spawn(
+        ["/bin/sh", "-c", "read -r word <&3; echo out; echo err >&2"],
+        {"PATH": "/bin:/usr/bin"},
+        [read],
+        streams=writers,
+    )
+    guard = process.Guard(child.pid, readers)
+    guard.release()
+    guard.leave()
+    os.write(write, b"\n")
+    assert child.end(PATIENCE) == 0
+    for fd in (*writers.values(), *readers.values(), read, write):
+        os.close(fd)
+    os.waitpid(guard.pid, 0)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("out\n", "err\n")
+
+
 @pytest.mark.parametrize("is_released", [True, False])
 def test_a_guard_kills_a_group_whose_parent_died(is_released: bool) -> None:  # noqa: FBT001 - data
     """It acts when this process is gone, and not when it had let go before."""
     read, write = os.pipe()
+    writers, readers = _streams()
     parent = os.fork()
     if not parent:
-        child = spawn(["/bin/sh", "-c", "sleep 600 & wait"], {"PATH": "/bin:/usr/bin"}, [], listeners=0)
-        guard = process.Guard(child.pid)
+        child = spawn(["/bin/sh", "-c", "sleep 600 & wait"], {"PATH": "/bin:/usr/bin"}, [])
+        guard = process.Guard(child.pid, readers)
         if is_released:
             guard.release()
         os.write(write, str(child.pid).encode())
@@ -158,14 +189,14 @@ def test_a_guard_kills_a_group_whose_parent_died(is_released: bool) -> None:  # 
         assert _group(Path(f"/proc/{pid}")) == pid
         os.killpg(pid, signal.SIGKILL)
     wait_for_end(pid)
-    for fd in (read, write):
+    for fd in (read, write, *writers.values(), *readers.values()):
         os.close(fd)
 
 
 def test_what_cannot_be_executed_raises() -> None:
     """No half-started child."""
     with pytest.raises(FileNotFoundError):
-        spawn(["/no/such/program"], {}, [], listeners=0)
+        spawn(["/no/such/program"], {}, [])
 
 
 def test_a_notification_is_taken_from_the_process_that_is_expected_alone() -> None:

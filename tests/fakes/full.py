@@ -42,7 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def log_message(self, *_):
-        pass
+        if MODE == "talks":
+            print(self.command, self.path, file=sys.stderr, flush=True)
 
 
 class Server(http.server.ThreadingHTTPServer):
