@@ -1,7 +1,9 @@
 """Every error that this program raises on purpose.
 
 One root; a child for each thing that a caller does next. The text is written
-for an operator: what, where, what was expected, what was found, what to do.
+for an operator: what, where, what was expected, what was found. Where a program
+may want to tell one refusal from another, the error has a code; where something
+can be done about it, a remedy.
 """
 
 from __future__ import annotations
@@ -9,6 +11,12 @@ from __future__ import annotations
 
 class SelfUpdateError(Exception):
     """The root: the text can be shown to an operator as it is."""
+
+    def __init__(self, text: str, code: str | None = None, remedy: str | None = None) -> None:
+        """Keep the text; `code` names the kind for programs, and `remedy` says what to do."""
+        super().__init__(text)
+        self.code = code
+        self.remedy = remedy
 
 
 class UsageError(SelfUpdateError):
@@ -40,6 +48,14 @@ class ChoiceError(SelfUpdateError):
 
 class ScanError(ChoiceError):
     """The upgrade directory cannot be read."""
+
+
+class TrustError(ScanError):
+    """Nobody's signature can be checked, so nothing can be chosen: upgrades are off until that is mended."""
+
+    def __init__(self, why: str, code: str, remedy: str) -> None:
+        """Say that upgrades are off, and why."""
+        super().__init__(f"Upgrades are off: {why}.", code, remedy)
 
 
 class NothingToRollBackToError(ChoiceError):
