@@ -2,7 +2,10 @@
 
 Each child leads a process group of its own and is killed as that group. It is
 reaped only after the group was killed, so the number of the group is still the
-child's and can't have come to belong to a stranger.
+child's and can't have come to belong to a stranger. What a child put into a
+session of its own is known by the mark that each child has in its environment,
+a variable whose value no other process was given, or by the directory of its own
+that it was started in.
 
 Starting takes a lock, and so does closing a file that was written to be
 executed: between fork(2) and execve(2) a child holds a copy of every open
@@ -36,13 +39,16 @@ STARTING = threading.Lock()
 LEFTOVER_TIME = 0.2
 """Seconds from a child's end to that of its output; longer means that another process holds it."""
 
+_ROUNDS = 20
+"""How often it is looked for processes that a child left behind."""
+
 _HIGH_FD = 64
 """Descriptors are copied from above here to their places, so that no place is taken while it is still a source."""
 
 # The first word says that the group may live on, the second that it has ended. Without the second, what it
 # writes from now on is passed on, for as long as it does: see `transcript`.
 _GUARD = 'read -r word <&3 || kill -KILL "-$0"; read -r word <&3 && exit; '
-_PASS_ON = {(2,): "exec cat <&4 >&2", (1, 2): "cat <&4 >&1 & exec cat <&5 >&2"}
+_PASS_ON = {(2,): "exec cat <&4 >&2", (1, 2): "cat <&4 >&1 & cat <&5 >&2; wait"}
 
 # LISTEN_PID has to be the number of a process that does not exist yet. The shell knows its own,
 # and keeps it across exec.
@@ -83,9 +89,12 @@ def watch(pid: int) -> int:
 class Process:
     """A child that leads a process group."""
 
-    def __init__(self, pid: int) -> None:
-        """Watch the child `pid`, which has not been reaped."""
+    def __init__(self, pid: int, mark: str = "") -> None:
+        """Watch the child `pid`, which has not been reaped; `mark` is in its environment alone."""
         self.pid = pid
+        self.has_left_strays = False
+        """Whether a process of a session of its own had to be killed, too."""
+        self._mark = mark.encode()
         self.exit_fd = watch(pid)
         self.status: int | None = None
         """The exit status, negative for a signal, or None while it is not reaped."""
@@ -106,10 +115,47 @@ class Process:
         if self.status is None and sys.platform == "linux":
             self.wait(time.monotonic() + grace)
             self._signal(signal.SIGKILL)
+            self._kill_strays()
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             self.forget()
         assert self.status is not None
         return self.status
+
+    def _kill_strays(self) -> None:
+        """Kill what the child started outside of its group, as far as it kept the mark.
+
+        A process that is killed may just have started another: it is looked again, until none is left.
+        """
+        for _ in range(_ROUNDS if self._mark else 0):
+            strays = [pid for pid in _pids_since(self.pid) if self._kill_stray(pid)]
+            if not strays:
+                return
+            self.has_left_strays = True
+            for pid in strays:
+                _wait_for_end(pid)
+
+    def _kill_stray(self, pid: int) -> bool:
+        """Kill the process `pid` if it bears the mark, or is in the directory that the mark names; tell whether."""
+        if sys.platform != "linux":
+            return False
+        try:
+            fd = os.pidfd_open(pid)  # whatever happens to the number now, this is the process that is looked at
+        except OSError:
+            return False
+        try:
+            if os.getpgid(pid) == self.pid:
+                return False  # it is of the group, and dying already
+            place = os.readlink(f"/proc/{pid}/cwd".encode()).removesuffix(b" (deleted)")  # noqa: PTH115 - no path of ours
+            if place != self._mark.partition(b"=")[2]:
+                with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123 - no path of ours
+                    if self._mark not in file.read().split(b"\0"):
+                        return False
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except OSError:  # somebody else's, or gone
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     def forget(self) -> None:
         """Watch the child no more, and let it be."""
@@ -123,6 +169,23 @@ class Process:
                 os.killpg(self.pid, number)
 
 
+def _pids_since(pid: int) -> list[int]:
+    """Return the numbers of the processes that were started after `pid` was (numbers are given in turn)."""
+    with open("/proc/loadavg", encoding="ascii") as file:  # noqa: PTH123 - no path of ours
+        last = int(file.read().split()[-1])
+    numbers = (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - names, not paths
+    return [number for number in numbers if (pid < number <= last if last >= pid else number > pid or number <= last)]
+
+
+def _wait_for_end(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        fd = watch(pid)
+        try:
+            ready([fd], time.monotonic() + LEFTOVER_TIME)
+        finally:
+            os.close(fd)
+
+
 def spawn(
     arguments: Sequence[str],
     environ: Mapping[str, str],
@@ -130,11 +193,12 @@ def spawn(
     *,
     listeners: int = 0,
     streams: Mapping[int, int] | None = None,
+    mark: str = "",
 ) -> Process:
     """Start `arguments` with `fds` as its descriptors 3, 4, … of which the first are `listeners` sockets.
 
     The child keeps this process's directory and standard streams, but for those that are given in
-    `streams`, by their number. Raises OSError.
+    `streams`, by their number. `mark` is an entry of `environ` that no other process has. Raises OSError.
     """
     if sys.platform != "linux":
         raise OSError("passing descriptors needs Linux")
@@ -161,7 +225,7 @@ def spawn(
     finally:
         for fd in high.values():
             os.close(fd)
-    return Process(pid)
+    return Process(pid, mark)
 
 
 class Guard:
@@ -222,10 +286,10 @@ class TooMuchOutputError(Exception):
 
 
 class LeftProcessesError(Exception):
-    """The program ended, and a process that it started still holds its output."""
+    """The program ended, and a process that it started lived on."""
 
 
-def capture(
+def capture(  # noqa: PLR0913 - each bound, and each descriptor, has its name
     arguments: Sequence[str],
     environ: Mapping[str, str],
     directory: Path,
@@ -233,34 +297,50 @@ def capture(
     time_limit: float,
     size_limit: int,
     stop_fd: int,
+    stdin: int = subprocess.DEVNULL,
+    fds: Sequence[int] = (),
+    mark: str = "",
 ) -> Output:
-    """Run `arguments` in `directory`, with nothing to read, and return what it printed.
+    """Run `arguments` in `directory`, and return what it printed.
 
+    It can read `stdin`, if that is given, and has `fds`, under the numbers that they have here.
     Whatever it started is killed with it. Raises OSError where it cannot be executed,
     TooSlowError after `time_limit` seconds, TooMuchOutputError above `size_limit` bytes of
-    standard output (of standard error, that many are kept), LeftProcessesError, and
+    standard output (of standard error, the last of them are kept), LeftProcessesError, and
     StopRequestedError when `stop_fd` becomes readable.
     """
     with STARTING:
         child = subprocess.Popen(
             list(arguments),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            pass_fds=fds,
             cwd=directory,
             env=dict(environ),
             start_new_session=True,
             umask=0o077,
         )
-    process = Process(child.pid)
+    process = Process(child.pid, mark)
     try:
+        _allow_no_core(child.pid)
         stdout, stderr = _read(process, child, time.monotonic() + time_limit, size_limit, stop_fd)
     finally:
         child.returncode = process.end(grace=0)
         for stream in (child.stdout, child.stderr):
             assert stream is not None
             stream.close()
+    if process.has_left_strays:
+        raise LeftProcessesError
     return Output(child.returncode, stdout, stderr)
+
+
+def _allow_no_core(pid: int) -> None:
+    if sys.platform == "linux":
+        import resource  # noqa: PLC0415 - POSIX only
+
+        with contextlib.suppress(OSError):  # it has ended
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
 
 
 def _read(
@@ -285,7 +365,9 @@ def _read(
             chunk = os.read(fd, 65536)
             if not chunk:
                 watched.discard(fd)
-            read[fd] += chunk if fd == out else chunk[: size_limit - len(read[err])]
+            read[fd] += chunk
+            if fd == err:
+                del read[err][:-size_limit]  # the last words say most
         if len(read[out]) > size_limit:
             raise TooMuchOutputError
     return bytes(read[out]), bytes(read[err])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -70,6 +71,27 @@ def test_capture_ends_whatever_it_started(script: str, error: type[Exception], t
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and _group(entry) == leader:
             wait_for_end(int(entry.name))  # it was killed, and may take a moment to be gone
+
+
+@pytest.mark.parametrize("stray", [": > ready; exec sleep 600", "setsid sh -c ': > ready; exec sleep 600' & wait"])
+def test_capture_ends_what_left_its_group(stray: str, tmp_path: Path) -> None:
+    """A process in a session of its own is known by the mark that it inherited, and so is what that one started."""
+    stop_out, stop_in = socket.socketpair()
+    home = f"HOME={tmp_path}"
+    with stop_out, stop_in, pytest.raises(process.LeftProcessesError):
+        capture(
+            ["/bin/sh", "-c", 'exec >&- 2>&-; setsid sh -c "$0" & while ! [ -e ready ]; do :; done', stray],
+            {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            tmp_path,
+            time_limit=PATIENCE,
+            size_limit=4096,
+            stop_fd=stop_out.fileno(),
+            mark=home,
+        )
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                assert home.encode() not in (entry / "environ").read_bytes().split(b"\0")
 
 
 def _group(entry: Path) -> int:
