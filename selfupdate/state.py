@@ -14,13 +14,16 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from selfupdate import permissions
 from selfupdate.errors import StartError, StateError
+from selfupdate.foreign import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 _LOCK = "lock"
+_OTHERS = 0o077
 
 
 class StateDirectory:
@@ -42,14 +45,25 @@ class StateDirectory:
         self._fd = fd
 
     def open(self) -> None:
-        """Make the directory where it is missing. Raises StateError where it can't be made or written."""
+        """Make the directory where it is missing, and see that nobody else can get at what is in it.
+
+        Raises StateError where it can't be made or written, or others can change it.
+        """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            permissions.check_directory(self.path)
+            if self.path.stat().st_mode & _OTHERS:
+                self.path.chmod(0o700)  # a service manager made it so that others can read it
+            self._fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        except permissions.UnsafeError as error:
+            raise StateError(
+                f"the state directory {self.path} is not safe: {error}", "staging-permissions", error.remedy
+            ) from None
         except OSError as error:
             raise StateError(
-                f"the state directory {self.path} cannot be used: {error.strerror}; "
-                "make it writable for this account, or give another one with -state-dir"
+                f"the state directory {self.path} cannot be used: {error.strerror}",
+                "state-unusable",
+                "make it writable for this account, or give another one with -state-dir",
             ) from error
 
     def lock(self, *, wait: bool = False) -> None:
@@ -84,6 +98,6 @@ def signature(state_dir: Path) -> dict[str, str]:
     """Return the `pid` and the `bind` that the last service on `state_dir` signed with, or nothing."""
     try:
         signed = json.loads((state_dir / _LOCK).read_bytes())
-        return {"pid": str(signed["pid"]), "bind": str(signed["bind"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {"pid": shown(str(signed["pid"])), "bind": shown(str(signed["bind"]))}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

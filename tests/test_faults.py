@@ -34,7 +34,7 @@ def mount(tmp_path: Path, tool: Callable[[str], str]) -> Iterator[Callable[..., 
             pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
         where = tmp_path / name
         where.mkdir()
-        subprocess.run([tool("mount"), "-t", "tmpfs", "-o", options, "tmpfs", where], check=True)
+        subprocess.run([tool("mount"), "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs", where], check=True)
         mounted.append(where)
         return where
 
