@@ -44,16 +44,6 @@ _PAGE = {
     )
 }
 
-_PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-
 # What the caller can do next decides the status.
 _STATUS_OF_ERRORS: dict[type[SelfUpdateError], int] = {
     UpgradeUnderWayError: 409,
@@ -212,7 +202,7 @@ class App:
 
     def _page(self, request: Request) -> Response:
         body, content_type = _PAGE[request.path]
-        return Response(200, body, content_type, _PAGE_HEADERS)
+        return Response(200, body, content_type)
 
     def _refuse(self, error: SelfUpdateError) -> Response:
         status = next(status for kind, status in _STATUS_OF_ERRORS.items() if isinstance(error, kind))

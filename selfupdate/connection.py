@@ -16,12 +16,13 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING, Protocol
 
-from selfupdate.messages import Request, Response, problem
+from selfupdate.messages import SAFETY_HEADERS, Request, Response, problem
 
 if TYPE_CHECKING:
     from selfupdate.settings import Limits
 
 _MAX_LINE = 65536
+_MAX_TARGET = 2048
 _MAX_HEAD = 128 * 1024
 _CHUNK = 65536
 
@@ -53,7 +54,8 @@ class _FramingError(Exception):
 # line that goes on with white space. http.server's parser would take each for something else than others do.
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")
-_REQUEST_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/[0-9]\.[0-9]")
+_FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r?\n)*\r?\n")
+_REQUEST_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/[1-9]\.[0-9]")
 _LENGTH = re.compile(rb"(?im)^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$")
 _EXPECTS = re.compile(rb"(?im)^expect:[ \t]*100-continue")
 
@@ -152,7 +154,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(_MAX_LINE + 1)
         if len(self.raw_requestline) > _MAX_LINE:
             self.send_error(414)
-        elif _NOT_IN_A_HEAD.search(head) or not _REQUEST_LINE.fullmatch(self.raw_requestline.rstrip(b"\r\n")):
+        elif (
+            _NOT_IN_A_HEAD.search(head)
+            or not _REQUEST_LINE.fullmatch(self.raw_requestline.rstrip(b"\r\n"))
+            or not _FIELDS.fullmatch(head, len(self.raw_requestline))
+        ):
             self.send_error(400)
         elif self._parse():
             del self._received[: end.end()]
@@ -190,8 +196,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         """Return the body. Raises _FramingError where its length is not certain (RFC 9112, section 6.3)."""
+        self._check_head()
         length = self._length_of_body()
-        if length and "expect" in self.headers:
+        if length and "expect" in self.headers and self.request_version != "HTTP/1.0":  # RFC 9110, section 10.1.1
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._receive(length, time.monotonic() + self._server.limits.body_time)
         if len(self._received) < length:
@@ -202,8 +209,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         del self._received[:length]
         return body
 
-    def _length_of_body(self) -> int:
-        limit = self._server.limits.body_size
+    def _check_head(self) -> None:
+        """Refuse a head that others may read otherwise. Raises _FramingError."""
         if any(not isinstance(defect, _OF_MAIL) for defect in self.headers.defects):
             raise _FramingError(400, "The head has a malformed field; send well-formed fields.")
         for name in ("host", "origin"):
@@ -213,6 +220,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise _FramingError(400, "Host is missing; send it.")
         if not self.path.startswith("/"):
             raise _FramingError(400, "The target must be a path; this is no proxy.")
+        if len(self.path) > _MAX_TARGET:
+            raise _FramingError(414, f"The target has {len(self.path)} characters; send at most {_MAX_TARGET}.")
+
+    def _length_of_body(self) -> int:
+        limit = self._server.limits.body_size
         if "transfer-encoding" in self.headers:
             raise _FramingError(501, "Transfer-Encoding is not taken here; send Content-Length.")
         lengths = self.headers.get_all("content-length", ["0"])
@@ -259,6 +271,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",
             f"Content-Length: {len(response.body)}",
+            *SAFETY_HEADERS,
         ]
         lines += [f"{name}: {value}" for name, value in response.headers.items()]
         if self.close_connection:

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+SAFETY_HEADERS = (
+    f"Content-Security-Policy: {_CONTENT_SECURITY_POLICY}",
+    "X-Content-Type-Options: nosniff",
+    "X-Frame-Options: DENY",
+    "Referrer-Policy: no-referrer",
+    "Cross-Origin-Opener-Policy: same-origin",
+    "Cross-Origin-Resource-Policy: same-origin",
+    "Cache-Control: no-store",
+)
+"""What every answer tells browsers: run nothing but our own files, show nothing in a frame, keep nothing."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One request, complete with its body."""

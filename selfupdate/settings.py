@@ -140,7 +140,7 @@ class Limits:
     """For a client to close after the last answer on its connection."""
     last_call_time: float = 0.5
     """For a client to send one more request when the service stops."""
-    body_size: int = 64 * 1024
+    body_size: int = 4 * 1024
     threads: int = 64
     connections: int = 1000
     version_time: float = 5.0
