@@ -8,6 +8,7 @@ import pkgutil
 import re
 from typing import TYPE_CHECKING, Any
 
+from selfupdate.access import goes_by, is_from_here
 from selfupdate.errors import (
     ChoiceError,
     NoSuchCandidateError,
@@ -21,16 +22,18 @@ from selfupdate.errors import (
 )
 from selfupdate.journal import now
 from selfupdate.lifecycle import Lifecycle, Phase
-from selfupdate.messages import Request, Response, goes_by, json_response, problem
+from selfupdate.messages import Request, Response, json_response, problem, refusal
 from selfupdate.settings import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from selfupdate.access import Gate
     from selfupdate.candidates import Scanner
     from selfupdate.journal import Journal, Record
     from selfupdate.program import Program
     from selfupdate.settings import Settings
+    from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
 
 # The page is read at start: a running program must not depend on the file that it was started from.
@@ -77,6 +80,8 @@ class App:
         journal: Journal,
         scanner: Scanner,
         upgrader: Upgrader,
+        trust: Trust,
+        gate: Gate,
     ) -> None:
         """Answer for this process."""
         self._program = program
@@ -87,6 +92,8 @@ class App:
         self._journal = journal
         self._scanner = scanner
         self._upgrader = upgrader
+        self._trust = trust
+        self._gate = gate
         self._names = {settings.bind.host.lower(), *(settings.allowed_hosts or ())}
         self._started_at = now()
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
@@ -116,10 +123,12 @@ class App:
         if asked != method:
             allowed = "GET, HEAD" if method == "GET" else method
             return problem(405, f"{request.path} takes {allowed}.", Allow=allowed)
-        if method == "POST" and not _is_from_here(request):
+        if method == "POST" and not is_from_here(request):
             return problem(
                 403, "This request comes from a page of another site; use the service's own page, or no browser."
             )
+        if method == "POST" and (refused := self._gate.refuse(request)):
+            return refused
         try:
             return route(request)
         except _BadRequestError as error:
@@ -145,6 +154,7 @@ class App:
                 "started_at": self._started_at,
                 "installed": self._program.after_restart(self._journal.last_commit()),
                 "upgrade": current.as_json() if current else None,
+                "trust": self._trust.as_json(self._journal.signed(self._program.sha256)),
             }
         )
 
@@ -208,8 +218,8 @@ class App:
         status = next(status for kind, status in _STATUS_OF_ERRORS.items() if isinstance(error, kind))
         if isinstance(error, UpgradeUnderWayError | ChoiceError) and error.upgrade_id:
             where = f"/upgrades/{error.upgrade_id}"
-            return problem(status, str(error), {"id": error.upgrade_id}, Location=where)
-        return problem(status, str(error))
+            return refusal(status, error, {"id": error.upgrade_id}, Location=where)
+        return refusal(status, error)
 
 
 def _not_found(_: Request) -> Response:
@@ -218,15 +228,6 @@ def _not_found(_: Request) -> Response:
 
 def _is_record(path: str) -> bool:
     return re.fullmatch(r"/upgrades/[0-9A-Za-z-]+", path) is not None
-
-
-def _is_from_here(request: Request) -> bool:
-    """Tell whether a state-changing request is no browser's, or our own page's."""
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        return site in {"same-origin", "none"}
-    origin = request.headers.get("origin")
-    return origin is None or re.sub("^https?://", "", origin) == request.headers.get("host")
 
 
 def _name_in(body: bytes) -> str | None:

@@ -1,14 +1,16 @@
 """Candidates: list the files in the upgrade directory, ask each its version, choose one.
 
-Three parts: which files are candidates at all (`_look`), what a candidate says
-of itself (`_ask`), and the policy, which is to take the greatest version that is
-greater than the running one (`_judge`). Whatever is not chosen is listed with
-the reason in words.
+Four parts: which files are candidates at all (`_look`), whether one may be
+executed (`trust`), what it says of itself (`_ask`), and the policy, which is to
+take the greatest version that is greater than the running one (`_judge`).
+Whatever is not chosen is listed with the reason in words, a code, and a remedy
+where there is one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import sys
@@ -17,7 +19,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from selfupdate import process
+from selfupdate import process, signature
 from selfupdate.errors import (
     CandidateError,
     NoSuchCandidateError,
@@ -34,11 +36,14 @@ if TYPE_CHECKING:
 
     from packaging.specifiers import SpecifierSet
 
+    from selfupdate.errors import StateError
     from selfupdate.journal import Record
-    from selfupdate.releases import Release, Store
+    from selfupdate.releases import Store
     from selfupdate.settings import Limits
+    from selfupdate.trust import Reading, Release, Trust
 
 _NOT_CANDIDATES = (".part", ".tmp", ".new", ".sig", ".asc", ".minisig", "~")
+_PLAIN_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _WINDOWS_PROGRAMS = (".exe", ".com", ".bat", ".cmd")
 
 # What a candidate sees of this process's environment when it is asked for its version: nothing.
@@ -59,9 +64,13 @@ class Candidate:
     name: str
     version: Version | None = None
     release: Release | None = None
-    reason: str | None = "was not looked at"
+    refusal: CandidateError | None = None
     """Why it is not chosen; None for the one that would be."""
-    eligible: bool = False
+
+    @property
+    def eligible(self) -> bool:
+        """Whether it would be chosen."""
+        return self.refusal is None
 
     def as_json(self) -> dict[str, object]:
         """Return the candidate as the HTTP interface shows it."""
@@ -69,9 +78,11 @@ class Candidate:
             "name": shown(self.name),
             "version": str(self.version) if self.version else None,
             "sha256": self.release.sha256 if self.release else None,
-            "signer": None,
+            "signer": signature.names(self.release.signers) if self.release else None,
             "eligible": self.eligible,
-            "reason": self.reason,
+            "reason": str(self.refusal) if self.refusal else None,
+            "code": self.refusal.code if self.refusal else None,
+            "remedy": self.refusal.remedy if self.refusal else None,
         }
 
 
@@ -82,24 +93,28 @@ class Scanner:
         self,
         directory: Path,
         store: Store,
+        trust: Trust,
         *,
         running: Version,
+        running_sha256: Callable[[], str | None],
         floor: Callable[[], Version | None],
         allow: SpecifierSet | None,
         fault_of: Callable[[str], Record | None],
         needed: Callable[[], set[str] | None],
-        fault: str | None = None,
+        fault: StateError | None = None,
         stop_fd: int,
         limits: Limits,
     ) -> None:
-        """Scan `directory` for what is greater than `running`, and not below the `floor`.
+        """Scan `directory` for what `trust` lets run, is greater than `running`, and not below the `floor`.
 
         `fault_of` tells which release failed before, `needed` which must stay in the store, and `fault`
-        why nothing can be chosen at all. A scan ends when `stop_fd` becomes readable.
+        why nothing can be kept there at all. A scan ends when `stop_fd` becomes readable.
         """
         self._directory = directory
         self._store = store
+        self._trust = trust
         self._running = running
+        self._running_sha256 = running_sha256
         self._allow = allow
         self._floor = floor
         self._fault_of = fault_of
@@ -108,21 +123,23 @@ class Scanner:
         self._fault = fault
         self._limits = limits
         self._lock = threading.Lock()
-        self._versions: dict[str, Version | str] = {}
+        self._versions: dict[str, Version | CandidateError] = {}
         """What each digest answered to `-version`, or why it is no candidate."""
 
     def scan(self, *, retry: bool = False) -> list[Candidate]:
         """Return every candidate, the one that would be chosen first; then by version, greatest first.
 
         Answers to `-version` are remembered; with `retry`, failures are asked again.
-        Raises ScanError where the directory can't be read, StopRequestedError when the process is to stop.
+        Raises ScanError where the directory can't be read or nothing can be trusted, StopRequestedError when
+        the process is to stop.
         """
         if self._fault is not None:
-            raise ScanError(f"Upgrades are off: {self._fault}.")
+            raise ScanError(f"Upgrades are off: {self._fault}.", self._fault.code, self._fault.remedy)
+        trusted = self._trust.read()
         with self._lock:
             if retry:
                 self._versions = {key: value for key, value in self._versions.items() if isinstance(value, Version)}
-            found = self._examine(self._names())
+            found = self._examine(self._names(), trusted)
             self._prune(found)
         found.sort(key=lambda candidate: candidate.name)
         found.sort(key=lambda candidate: (candidate.version is not None, candidate.version), reverse=True)
@@ -139,15 +156,17 @@ class Scanner:
         With `name`, that one, and one that failed before is not passed over. Raises
         NoSuchCandidateError, NotEligibleError or ScanError.
         """
+        self._trust.warn()
         candidates = self.scan(retry=True)
         if name is None:
             return next((candidate for candidate in candidates if candidate.eligible), None)
         named = next((candidate for candidate in candidates if shown(candidate.name) == name), None)
         if named is None:
             raise NoSuchCandidateError(f"{shown(name)} is not in {self._directory}; GET /candidates lists what is.")
-        named = self._judge(replace(named, reason=None), by_name=True) if named.version else named
-        if not named.eligible:
-            raise NotEligibleError(f"{shown(name)} cannot be upgraded to: {named.reason}.")
+        named = self._judge(named, by_name=True) if named.version else named
+        if named.refusal is not None:
+            why = f"{shown(name)} cannot be upgraded to: {named.refusal}."
+            raise NotEligibleError(why, named.refusal.code, named.refusal.remedy)
         return named
 
     def _names(self) -> list[str]:
@@ -165,7 +184,7 @@ class Scanner:
             )
         return names
 
-    def _examine(self, names: list[str]) -> list[Candidate]:
+    def _examine(self, names: list[str], trusted: Reading) -> list[Candidate]:
         """Look at each file, several at a time."""
         waiting = deque(names)
         found: list[Candidate] = []
@@ -178,7 +197,7 @@ class Scanner:
                 except IndexError:
                     return
                 try:
-                    candidate = self._look(name)
+                    candidate = self._look(name, trusted)
                 except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
                     failures.append(error)
                     return
@@ -197,25 +216,24 @@ class Scanner:
             raise failures[0]
         return found
 
-    def _look(self, name: str) -> Candidate | None:
-        """Return the candidate `name`, or None where it is none."""
+    def _look(self, name: str, trusted: Reading) -> Candidate | None:
+        """Return the candidate `name`, or None where it is none. Nothing is executed before it is verified."""
+        path = self._directory / name
         release = None
         try:
-            path = self._directory / name
-            try:
-                status = path.stat()
-            except OSError:
-                return None  # removed meanwhile, or a link to nowhere
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            if sys.platform != "win32" and not status.st_mode & 0o111:
-                raise CandidateError("is not executable; chmod +x makes it a candidate")
-            if not status.st_size:
-                raise CandidateError("is empty")
-            release = self._store.stage(path)
-            return self._judge(Candidate(name, self._version(release), release, None))
+            status = path.stat()
+        except OSError:
+            return None  # removed meanwhile, or a link to nowhere
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        try:
+            check_file(name, status, self._limits)
+            trusted.examine(path)
+            release = trusted.verify(self._store.stage(path))
+            return self._judge(Candidate(name, self._version(release), release))
         except CandidateError as error:
-            return Candidate(name, None, release, str(error))
+            # What was raised is kept, perhaps for long, and raised again: without the frames that it came through.
+            return Candidate(name, None, release, error.with_traceback(None))
 
     def _version(self, release: Release) -> Version:
         answer = self._versions.get(release.sha256)
@@ -223,10 +241,10 @@ class Scanner:
             try:
                 answer = self._ask(release)
             except CandidateError as error:
-                answer = str(error)
+                answer = error
             self._versions[release.sha256] = answer
-        if isinstance(answer, str):
-            raise CandidateError(answer)
+        if isinstance(answer, CandidateError):
+            raise answer
         return answer
 
     def _ask(self, release: Release) -> Version:
@@ -234,52 +252,65 @@ class Scanner:
         try:
             directory = self._store.scratch()
         except OSError as error:
-            raise CandidateError(f"cannot be asked for its version: {error.strerror}") from error
+            raise CandidateError(f"cannot be asked for its version: {error.strerror}", "staging-full") from error
         try:
             output = process.capture(
-                [str(release.path), "-version"],
+                release.command("-version"),
                 {**_CLEAN_ENVIRONMENT, "HOME": str(directory)},
                 directory,
                 time_limit=self._limits.version_time,
                 size_limit=self._limits.version_output,
                 stop_fd=self._stop_fd,
+                mark=f"HOME={directory}",
             )
         except OSError as error:
             why = error.strerror or str(error)
-            raise CandidateError(f"cannot be executed on this machine: {why}") from error
+            raise CandidateError(f"cannot be executed on this machine: {why}", "cannot-execute") from error
         except process.TooSlowError:
-            raise CandidateError(f"did not answer -version within {self._limits.version_time:g} s") from None
+            why = f"did not answer -version within {self._limits.version_time:g} s"
+            raise CandidateError(why, "version-timeout") from None
         except process.TooMuchOutputError:
-            raise CandidateError(f"answered -version with more than {self._limits.version_output} bytes") from None
+            why = f"answered -version with more than {self._limits.version_output} bytes"
+            raise CandidateError(why, "version-too-much-output") from None
         except process.LeftProcessesError:
-            raise CandidateError("answered -version and left a process behind") from None
+            raise CandidateError("answered -version and left a process behind", "version-left-processes") from None
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         if output.status:
-            raise CandidateError(f"-version {process.ending(output.status)}{_last_words(output.stderr)}")
+            code = "version-signal" if output.status < 0 else "version-exit"
+            raise CandidateError(f"-version {process.ending(output.status)}{_last_words(output.stderr)}", code)
         try:
             return parse_output(output.stdout)
         except VersionError as error:
-            raise CandidateError(f"-version {error}") from None
+            raise CandidateError(f"-version {error}", "version-unreadable") from None
 
     def _judge(self, candidate: Candidate, *, by_name: bool = False) -> Candidate:
         """Say whether a candidate that told its version may be chosen."""
-        assert candidate.version is not None
-        assert candidate.release is not None
-        reason = None
-        failed = self._fault_of(candidate.release.sha256)
+        version, release = candidate.version, candidate.release
+        assert version is not None
+        assert release is not None
+        failed = self._fault_of(release.sha256)
         floor = self._floor()
-        if candidate.version == self._running:
-            reason = f"{candidate.version} is the version that runs"
-        elif candidate.version < self._running:
-            reason = f"{candidate.version} is older than {self._running}, which runs"
-        elif floor is not None and candidate.version < floor:
-            reason = f"{candidate.version} is older than {floor}, to which this service was upgraded before"
-        elif self._allow is not None and not candidate.version.allowed_by(self._allow):
-            reason = f"{candidate.version} is not allowed by -allow {self._allow}"
+        refusal = None
+        if version == self._running:
+            refusal = self._same_version(version, release)
+        elif version < self._running:
+            refusal = CandidateError(f"{version} is older than {self._running}, which runs", "too-old")
+        elif floor is not None and version < floor:
+            why = f"{version} is older than {floor}, to which this service was upgraded before"
+            refusal = CandidateError(why, "too-old")
+        elif self._allow is not None and not version.allowed_by(self._allow):
+            code = "pre-release" if version.is_prerelease else "not-allowed-version"
+            refusal = CandidateError(f"{version} is not allowed by -allow {self._allow}", code)
         elif failed is not None and not by_name:
-            reason = f"{_history_of(failed)}; ask for it by name to try it again"
-        return replace(candidate, reason=reason, eligible=reason is None)
+            refusal = CandidateError(_history_of(failed), "blocked", "ask for it by name to try it again")
+        return replace(candidate, refusal=refusal)
+
+    def _same_version(self, version: Version, release: Release) -> CandidateError:
+        if self._running_sha256() in {None, release.sha256}:
+            return CandidateError(f"{version} is the version that runs", "same-version")
+        why = f"{version} is the version that runs, and this file has another content"
+        return CandidateError(why, "same-version-other-content", "give what has changed a version of its own")
 
     def _rank(self, candidates: list[Candidate]) -> list[Candidate]:
         """Give each eligible candidate but the first the reason why it is not chosen."""
@@ -287,11 +318,31 @@ class Scanner:
         if best is None:
             return candidates
         others = [
-            replace(candidate, reason=f"{best.version} is chosen before it") if candidate.eligible else candidate
+            replace(candidate, refusal=CandidateError(f"{best.version} is chosen before it", "not-greatest"))
+            if candidate.eligible
+            else candidate
             for candidate in candidates
             if candidate is not best
         ]
         return [best, *others]
+
+
+def check_file(name: str, status: os.stat_result, limits: Limits) -> None:
+    """Refuse what can be told of a file from outside. Raises CandidateError."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise CandidateError(
+            "has an odd name", "candidate-odd-name", "rename it, with letters, digits and . _ + - alone"
+        )
+    if sys.platform != "win32" and not status.st_mode & 0o111:
+        raise CandidateError("is not executable", "candidate-not-executable", f"chmod +x {name}")
+    if status.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        raise CandidateError("is setuid or setgid", "candidate-setuid", f"chmod ug-s {name}")
+    if not status.st_size:
+        raise CandidateError("is empty", "candidate-empty")
+    if status.st_size > limits.candidate_size:
+        raise CandidateError(
+            f"has {status.st_size} bytes; at most {limits.candidate_size} are taken", "candidate-too-big"
+        )
 
 
 def _is_name_of_candidate(name: str) -> bool:

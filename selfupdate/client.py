@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
 from selfupdate import process
+from selfupdate.access import read_token
 from selfupdate.errors import StartError
 from selfupdate.state import signature
 
@@ -37,8 +38,14 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         """Find the service."""
         signed = signature(settings.state_dir).get("bind")
-        self._address = listeners.parse_address(signed) if signed else settings.bind
+        try:
+            self._address = listeners.parse_address(signed) if signed else settings.bind
+        except ValueError:
+            raise ClientError(
+                f"the lock in {settings.state_dir} names no address; remove it, and start the service"
+            ) from None
         self._json = settings.json
+        self._token = read_token(settings.token_file) if settings.token_file else None
 
     def status(self) -> int:
         """Print how the service stands; return the exit status."""
@@ -52,11 +59,20 @@ class Client:
         if installed["version"] != status["version"]:
             why = f": {installed['reason']}" if installed["reason"] else ""
             print(f"a restart will bring {installed['version']}{why}")
-        listing = self._get("/candidates")
+        trust = status["trust"]
+        if trust["running"]:
+            print(f"signed by {trust['running']['name']}" + _why(trust["running"]))
+        if not trust["checked"]:
+            print("signatures are not checked: whoever can write to the upgrade directory decides what runs")
+        try:
+            listing = self._get("/candidates")
+        except ClientError as error:  # upgrades are off, which is how things stand
+            print(error)
+            return 0
         print(f"an upgrade would take {listing['latest']}" if listing["latest"] else "nothing is newer")
         for candidate in listing["candidates"]:
             if candidate["reason"]:
-                print(f"  {candidate['name']}: {candidate['reason']}")
+                print(f"  {candidate['name']}{_why(candidate)}")
         return 0
 
     def apply(self) -> int:
@@ -81,7 +97,7 @@ class Client:
                 break
             record = self._get(f"/upgrades/{record['id']}?wait={_LONG_POLL}s&seen={printed}", patience=_TIMEOUT)
         journey = f"{record['from']} -> {record['to']}" if record["to"] else record["from"]
-        print(f"{record['outcome']}: {journey}" + (f": {record['reason']}" if record["reason"] else ""))
+        print(f"{record['outcome']}: {journey}{_why(record)}")
         if record["installed"] is False:
             print(f"a restart will bring another version: {record['not_installed']}")
         return 0 if record["outcome"] == "committed" else 1
@@ -106,6 +122,8 @@ class Client:
                         f"no service answers on {self._address} ({why}); start it, or name its -state-dir or -bind"
                     ) from None
             process.ready([], time.monotonic() + _AGAIN)
+        if status == http.client.UNAUTHORIZED:
+            raise ClientError("the service wants its token; name the file that holds it with -token-file")
         if status >= http.client.BAD_REQUEST:
             raise ClientError(str(value.get("detail", f"the service answered {status}")))
         return value
@@ -114,8 +132,16 @@ class Client:
         connection = http.client.HTTPConnection("localhost")
         try:
             connection.sock = listeners.connect(self._address, _TIMEOUT)
-            connection.request(method, path, headers={"Host": "localhost", "Connection": "close"})
+            headers = {"Host": "localhost", "Connection": "close"}
+            headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
+            connection.request(method, path, headers=headers)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:
             connection.close()
+
+
+def _why(refused: Mapping[str, Any]) -> str:
+    """Return the reason and the remedy of whatever has them."""
+    remedy = f"; to mend it: {refused['remedy']}" if refused.get("remedy") else ""
+    return f": {refused['reason']}{remedy}" if refused["reason"] else ""

@@ -8,9 +8,11 @@ protocol alone passes neither, and its end is seen by its process.
 from __future__ import annotations
 
 import hmac
+import http
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -20,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
 from selfupdate import notify, process
+from selfupdate.access import goes_by
 from selfupdate.errors import IllegalTransitionError, StartError, StateError
+from selfupdate.foreign import shown
 from selfupdate.journal import Record, now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
-from selfupdate.messages import Request, Response, goes_by, json_response, problem
+from selfupdate.messages import Request, Response, json_response, problem
 from selfupdate.server import Server
 from selfupdate.successor import HANDOVER_FD
 from selfupdate.transcript import STREAMS
@@ -40,6 +44,8 @@ _HELLO_TIME = 5.0
 _THREADS = 2
 """Of the temporary server: the incumbent asks one thing at a time."""
 _MESSAGE_SIZE = 1 << 18
+_NO_HELLO = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading something else than an incumbent's first words can raise."""
 _FROM_BROWSERS = ("origin", "referer", "cookie", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 
 
@@ -54,6 +60,8 @@ class Incumbent:
         self.program: Path | None = None
         self.sha256: str | None = None
         self.installed: str | None = None
+        self.trust: dict[str, str] | None = None
+        """The text of each flag that concerns trust; None where nothing was said of it."""
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
         self._channel: socket.socket | None = None
         self._parent = os.getppid()
@@ -72,17 +80,23 @@ class Incumbent:
             self.program = Path(hello["program"]) if hello["program"] else None
             self.sha256 = str(hello["sha256"])
             self.installed = str(hello["installed"])
+            self.trust = {str(name): str(text) for name, text in hello["trust"].items()}
             self._streams = [int(stream) for stream in hello["streams"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StartError(f"{HANDOVER_FD}={fd} is not an incumbent's channel: {error!r}") from error
+            for stream in self._streams:
+                os.set_inheritable(stream, False)
+        except _NO_HELLO as error:
+            raise StartError(f"{HANDOVER_FD}={shown(fd, 20)} is not an incumbent's channel: {error!r}") from error
         self._channel.settimeout(None)
-        for stream in self._streams:
-            os.set_inheritable(stream, False)
 
     @property
     def is_plain(self) -> bool:
         """Whether it speaks the plain protocol alone."""
         return self._channel is None
+
+    def spend_secret(self) -> None:
+        """Have the secret open nothing any more."""
+        if self.secret:
+            self.secret = secrets.token_urlsafe(32)
 
     def take_streams(self) -> None:
         """Write to the service's own output and error from here on, and not to pipes that the incumbent reads."""
@@ -177,10 +191,13 @@ class Standby:
         if any(name in request.headers for name in _FROM_BROWSERS):
             return problem(403, "Only the incumbent may ask for this, and no browser.")
         proof = request.headers.get("authorization", "").encode("latin-1")
-        if self._incumbent.secret and not hmac.compare_digest(proof, f"Bearer {self._incumbent.secret}".encode()):
-            return problem(403, "Only the incumbent, which handed a secret over, may ask for this.")
         with self._lock:
-            return self._take_over()
+            if self._incumbent.secret and not hmac.compare_digest(proof, f"Bearer {self._incumbent.secret}".encode()):
+                return problem(403, "Only the incumbent, which handed a secret over, may ask for this, and once.")
+            answer = self._take_over()
+            if answer.status == http.HTTPStatus.OK:
+                self._incumbent.spend_secret()
+            return answer
 
     def _take_over(self) -> Response:
         if self._lifecycle.phase is not Phase.STANDBY:

@@ -78,6 +78,14 @@ class Record:
     """Whether that file was replaced; None until that was tried."""
     not_installed: str | None = None
     """Why it was not."""
+    signer: str | None = None
+    """Who signed the release, in words; None where nobody did."""
+    signer_keys: tuple[str, ...] = ()
+    """The fingerprints of the keys."""
+    code: str | None = None
+    """The kind of the reason, for programs."""
+    remedy: str | None = None
+    """What to do about it."""
     log: str | None = None
     """The end of what the successor wrote; None where none was started."""
 
@@ -106,6 +114,10 @@ class Record:
             "program": self.program,
             "installed": self.installed,
             "not_installed": self.not_installed,
+            "signer": self.signer,
+            "signer_keys": list(self.signer_keys),
+            "code": self.code,
+            "remedy": self.remedy,
             "log": self.log,
         }
 
@@ -113,8 +125,10 @@ class Record:
     def from_json(cls, value: dict[str, Any]) -> Record:
         """Return the record that `as_json` gave; raises KeyError or TypeError on anything else."""
         timeline = tuple((str(entry["phase"]), str(entry["at"])) for entry in value["timeline"])
-        same = {name: value[name] for name in cls.__dataclass_fields__ if name in value and name != "timeline"}
-        return cls(from_version=value["from"], to_version=value["to"], timeline=timeline, **same)
+        keys = tuple(map(str, value.get("signer_keys", ())))
+        fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        fields |= {"from_version": value["from"], "to_version": value["to"], "timeline": timeline, "signer_keys": keys}
+        return cls(**fields)
 
 
 class Journal:
@@ -144,8 +158,9 @@ class Journal:
                 sync_directory(self._path.parent)
         except OSError as error:
             raise StateError(
-                f"the journal {self._path} cannot be written: {error.strerror}; "
-                "make it writable for this account, or give another directory with -state-dir"
+                f"the journal {self._path} cannot be written: {error.strerror}",
+                "state-unusable",
+                "make it writable for this account, or give another directory with -state-dir",
             ) from error
 
     def begin(self, from_version: str, phase: str, **fields: Any) -> Record:
@@ -215,6 +230,10 @@ class Journal:
     def last_commit(self) -> Record | None:
         """Return the last upgrade or rollback that was committed: it says what runs, and what ran before."""
         return next((record for record in self.records() if record.outcome == "committed"), None)
+
+    def signed(self, sha256: str | None) -> Record | None:
+        """Return the last record that says who signed the release `sha256`, or None."""
+        return next((record for record in self.records() if sha256 and record.sha256 == sha256 and record.signer), None)
 
     def fault_of(self, sha256: str) -> Record | None:
         """Return the last record of the release `sha256` if it says not to choose it again unasked."""
@@ -299,8 +318,9 @@ class Journal:
             return
         except OSError as error:
             raise StateError(
-                f"the journal {self._path} cannot be read: {error.strerror}; "
-                "make it readable for this account, or give another directory with -state-dir"
+                f"the journal {self._path} cannot be read: {error.strerror}",
+                "state-unusable",
+                "make it readable for this account, or give another directory with -state-dir",
             ) from error
 
     def _read_lines(self, lines: Iterable[bytes]) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
+import struct
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,11 @@ BACKLOG = 4096
 _MAX_PORT = 65535
 _MAX_PATH = 107
 """Bytes of a Unix socket's path: sun_path has 108, one of them NUL (unix(7))."""
+
+_LISTENING = "0A"
+"""TCP_LISTEN in /proc/net/tcp."""
+_MAPPED = bytes(8) + struct.pack(">I", *struct.unpack("=I", b"\0\0\xff\xff"))
+"""What stands before an IPv4 address in IPv6's form there."""
 
 FIRST_FD = 3
 """The first descriptor that is passed on (sd_listen_fds(3), SD_LISTEN_FDS_START)."""
@@ -57,7 +64,7 @@ def parse_address(text: str) -> Address:
     """
     if text.startswith("unix:/"):
         path = text.removeprefix("unix:")
-        if len(os.fsencode(path)) > _MAX_PATH or "\0" in path:
+        if len(os.fsencode(path)) > _MAX_PATH or not path.isprintable():
             raise ValueError(text)
         return Address(path=path)
     host, colon, port = text.rpartition(":")
@@ -72,6 +79,61 @@ def parse_address(text: str) -> Address:
     elif ":" in host or any(letter.isspace() or not letter.isprintable() for letter in host):
         raise ValueError(text)
     return Address(host, int(port))
+
+
+def is_loopback(address: Address) -> bool:
+    """Tell whether `address` can be reached from this machine alone."""
+    if address.path or address.host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address.host).is_loopback
+    except ValueError:  # a name, or every address of the machine
+        return False
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Tell whether a listening socket, whoever bound it, can be reached from this machine alone."""
+    if listener.family not in {socket.AF_INET, socket.AF_INET6}:
+        return True
+    return is_loopback(Address(listener.getsockname()[0]))
+
+
+def is_ours(address: Address) -> bool:
+    """Tell whether this account's processes, and no other's, listen on `address`.
+
+    The kernel says whose each listening socket is (proc(5), /proc/net/tcp; the file of a Unix socket).
+    """
+    if sys.platform != "linux":
+        return True
+    if address.path:
+        return Path(address.path).stat().st_uid == os.geteuid()
+    family, (host, port) = _resolve(address)
+    ours = _in_kernel(family, host)
+    owners = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+                _, local, _, state, _, _, _, uid, *_ = line.split()
+                place, _, number = local.rpartition(":")
+                if state == _LISTENING and int(number, 16) == port and _overlap(ours, bytes.fromhex(place)):
+                    owners.add(int(uid))
+    return owners == {os.geteuid()}
+
+
+def _in_kernel(family: int, host: str) -> bytes:
+    """Return an address as /proc/net/tcp shows it: words of 32 bits in the machine's order."""
+    packed = socket.inet_pton(family, host)
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return struct.pack(f">{len(words)}I", *words)
+
+
+def _overlap(one: bytes, other: bytes) -> bool:
+    """Tell whether two addresses in the kernel's form can be reached by the same: one of them may be every address.
+
+    An IPv4 address may be written as an IPv6 one (RFC 4291, section 2.5.5.2).
+    """
+    one, other = (place.removeprefix(_MAPPED) for place in (one, other))
+    return one == other or not any(one) or not any(other)
 
 
 def bind(address: Address) -> socket.socket:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import http
-import ipaddress
 import json
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
+
+    from selfupdate.errors import SelfUpdateError
 
 
 _CONTENT_SECURITY_POLICY = (
@@ -57,26 +57,16 @@ def json_response(value: object, status: int = 200, **headers: str) -> Response:
     return Response(status, json.dumps(value).encode() + b"\n", headers=named)
 
 
+def refusal(status: int, error: SelfUpdateError, extra: Mapping[str, object] | None = None, **headers: str) -> Response:
+    """Return an error of this program as a problem, with its code and its remedy where it has them."""
+    named = {name: text for name, text in (("code", error.code), ("remedy", error.remedy)) if text}
+    detail = f"{error} To mend it: {error.remedy}." if error.remedy else str(error)
+    return problem(status, detail, {**named, **(extra or {})}, **headers)
+
+
 def problem(status: int, detail: str, extra: Mapping[str, object] | None = None, **headers: str) -> Response:
     """Return an error as application/problem+json (RFC 9457); `detail` says what to do."""
     title = http.HTTPStatus(status).phrase
     answer = json_response({"type": "about:blank", "title": title, "status": status, "detail": detail, **(extra or {})})
     named = {name.replace("_", "-"): text for name, text in headers.items()}
     return Response(status, answer.body, "application/problem+json", named)
-
-
-def goes_by(host: str | None, names: Collection[str]) -> bool:
-    """Tell whether a client may call the service `host`: a page of another site that resolves to us may not.
-
-    An address can't be rebound to another machine; a name can (DNS rebinding). HTTP/1.0 has no Host.
-    """
-    if host is None:
-        return True
-    name = re.sub(":[0-9]*$", "", host.lower())
-    if name in {"localhost", *names}:
-        return bool(name)
-    try:
-        ipaddress.ip_address(name[1:-1] if re.fullmatch(r"\[.*\]", name) else name)
-    except ValueError:
-        return False
-    return True

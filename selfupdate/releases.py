@@ -1,13 +1,14 @@
 """The store of releases: private copies of candidates, each under its own digest.
 
-What was copied is what is asked for its version, and what runs: a file in the
-upgrade directory is only ever read. Whoever may write there can replace it at
-any moment, and the copy does not change.
+What was copied is what is verified, what is asked for its version, and what runs:
+a file in the upgrade directory is only ever read. Whoever may write there can
+replace it at any moment, and the copy does not change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -46,8 +47,8 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Release:
-    """A private copy that may be executed. Only the store makes one."""
+class Copy:
+    """A private copy, of which nothing is known but its content. `trust` says whether it may be executed."""
 
     path: Path
     name: str
@@ -63,9 +64,10 @@ class Store:
 
     def __init__(self, state_dir: Path, size_limit: int) -> None:
         """Keep the path; `size_limit` is in bytes."""
-        self._root = state_dir.absolute() / "releases"
+        self._state_dir = state_dir.absolute()
+        self._root = self._state_dir / "releases"
         self._size_limit = size_limit
-        self._staged: dict[tuple[Path, Identity], Release] = {}
+        self._staged: dict[tuple[Path, Identity], Copy] = {}
 
     def open(self) -> None:
         """Make the directory where it is missing, for this user alone.
@@ -77,56 +79,67 @@ class Store:
             self._new_directory().rmdir()
             if sys.platform != "win32" and os.statvfs(self._root).f_flag & os.ST_NOEXEC:
                 raise StateError(
-                    f"nothing can be executed in the state directory {self._root.parent}: it is mounted noexec; "
-                    "give another one with -state-dir"
+                    f"nothing can be executed in the state directory {self._root.parent}: it is mounted noexec",
+                    "staging-noexec",
+                    "give another one with -state-dir",
                 )
         except OSError as error:
             raise StateError(
-                f"the state directory {self._root.parent} cannot keep releases: {error.strerror}; "
-                "make it writable for this account, or give another one with -state-dir"
+                f"the state directory {self._root.parent} cannot keep releases: {error.strerror}",
+                "state-unusable",
+                "make it writable for this account, or give another one with -state-dir",
             ) from error
 
-    def stage(self, source: Path) -> Release:
+    def stage(self, source: Path) -> Copy:
         """Return the private copy of a candidate, made now or when the same file was last staged.
 
         Raises CandidateError where it can't be read, is too large, or changes meanwhile.
         """
         try:
             identity = Identity.of(source.stat())
-            release = self._staged.get((source, identity))
-            if release is None or not release.path.exists():
-                release = self._copy(source)
-                self._staged[source, identity] = release
+            copy = self._staged.get((source, identity))
+            if copy is None or not copy.path.exists():
+                copy = self._copy(source)
+                assert copy.identity is not None
+                self._staged[source, copy.identity] = copy  # of what was read, whatever was there before
         except FileNotFoundError:
-            raise CandidateError("was removed while it was looked at") from None
+            raise CandidateError("was removed while it was looked at", "candidate-missing") from None
         except OSError as error:
-            raise CandidateError(f"cannot be copied to {self._root}: {error.strerror}") from error
-        return release
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                why = f"cannot be copied, there is no room in {self._root}: {error.strerror}"
+                raise CandidateError(why, "staging-full", "make room there") from error
+            why = f"cannot be copied to {self._root}: {error.strerror}"
+            raise CandidateError(why, "candidate-unreadable", "make it readable for this account") from error
+        return copy
 
-    def confirm(self, release: Release) -> None:
-        """Check that the file that `release` is a copy of is still the same, and the copy is there.
+    def confirm(self, copy: Copy) -> None:
+        """Check that the file that `copy` was made of is still the same, and the copy is there.
 
         Raises CandidateError.
         """
+        again = "ask for the upgrade again"
         try:
-            identity = Identity.of(release.source.stat()) if release.source else release.identity
+            identity = Identity.of(copy.source.stat()) if copy.source else copy.identity
         except OSError:
-            raise CandidateError(f"{release.name} was removed after it had been chosen; copy it there again") from None
-        if identity != release.identity:
-            raise CandidateError(f"{release.name} was changed after it had been chosen; ask for the upgrade again")
-        if not release.path.exists():
-            raise CandidateError(f"the private copy of {release.name} has gone; ask for the upgrade again")
+            why = f"{copy.name} was removed after it had been chosen"
+            raise CandidateError(why, "candidate-missing", "copy it there again") from None
+        if identity != copy.identity:
+            raise CandidateError(f"{copy.name} was changed after it had been chosen", "candidate-changing", again)
+        if not copy.path.exists():
+            raise CandidateError(f"the private copy of {copy.name} has gone", "staging-missing", again)
 
-    def find(self, sha256: str) -> Release:
-        """Return the release with a digest, when its content still has it. Raises CandidateError."""
+    def find(self, sha256: str) -> Copy:
+        """Return the copy with a digest, when its content still has it. Raises CandidateError."""
         try:
             (path,) = (self._root / sha256).iterdir()
             found = digest(path)
         except (OSError, ValueError):
-            raise CandidateError(f"the release {sha256[:12]} is not in the store any more") from None
+            raise CandidateError(f"the release {sha256[:12]} is not in the store any more", "staging-missing") from None
         if found != sha256:
-            raise CandidateError(f"the release {sha256[:12]} in the store is damaged: its content has another digest")
-        return Release(path, path.name, sha256)
+            raise CandidateError(
+                f"the release {sha256[:12]} in the store is damaged: its content has another digest", "staging-damaged"
+            )
+        return Copy(path, path.name, sha256)
 
     def prune(self, kept: Iterable[str]) -> None:
         """Remove every release but those with the digests `kept`."""
@@ -134,7 +147,7 @@ class Store:
         for directory in self._root.iterdir():
             if directory.name not in kept and not directory.name.startswith(_NEW):
                 shutil.rmtree(directory, ignore_errors=True)
-        self._staged = {key: release for key, release in self._staged.items() if release.sha256 in kept}
+        self._staged = {key: copy for key, copy in self._staged.items() if copy.sha256 in kept}
 
     def clear(self) -> None:
         """Remove what copies and questions left behind that a crash interrupted; nobody else may use the store now."""
@@ -151,7 +164,7 @@ class Store:
         directory.mkdir(mode=0o700)
         return directory
 
-    def _copy(self, source: Path) -> Release:
+    def _copy(self, source: Path) -> Copy:
         incoming = self._new_directory()
         try:
             # O_NONBLOCK: opening a FIFO would wait for a writer.
@@ -159,16 +172,19 @@ class Store:
             with open(fd, "rb", buffering=0) as reader:  # noqa: PTH123 - a descriptor, not a path
                 before = os.fstat(fd)
                 if not stat.S_ISREG(before.st_mode):
-                    raise CandidateError("is not a regular file")
+                    raise CandidateError("is not a regular file", "candidate-not-regular")
                 if before.st_size > self._size_limit:
-                    raise CandidateError(f"has {before.st_size} bytes; at most {self._size_limit} are taken")
+                    raise self._too_big(before.st_size)
                 sha256 = self._write(reader, incoming / source.name)
                 identity = Identity.of(os.fstat(fd))
             if identity != Identity.of(before):
-                raise CandidateError("is still being copied; it is looked at again")
-            return Release(self._keep(incoming, sha256), source.name, sha256, source, identity)
+                raise CandidateError("is still being copied; it is looked at again", "candidate-changing")
+            return Copy(self._keep(incoming, sha256), source.name, sha256, source, identity)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
+
+    def _too_big(self, size: int) -> CandidateError:
+        return CandidateError(f"has {size} bytes; at most {self._size_limit} are taken", "candidate-too-big")
 
     def _write(self, reader: io.RawIOBase, target: Path) -> str:
         """Copy `reader` to the new file `target`, durable and executable; return the digest."""
@@ -179,7 +195,7 @@ class Store:
             while chunk := reader.read(min(_CHUNK, left + 1)):
                 left -= len(chunk)
                 if left < 0:
-                    raise CandidateError(f"has more than {self._size_limit} bytes")
+                    raise self._too_big(self._size_limit - left)
                 sha256.update(chunk)
                 view = memoryview(chunk)
                 while view:
@@ -200,8 +216,8 @@ class Store:
         return path
 
 
-def install(release: Release, program: Path) -> None:
-    """Replace the file `program` by a release: at each moment the one or the other is there, whole.
+def install(copy: Copy, program: Path) -> None:
+    """Replace the file `program` by a copy of a release: at each moment the one or the other is there, whole.
 
     Mode and owner stay. Raises InstallError, and `program` is as it was.
     """
@@ -209,7 +225,7 @@ def install(release: Release, program: Path) -> None:
     try:
         before = program.stat()
         try:
-            with release.path.open("rb") as reader, partial.open("xb") as writer:
+            with copy.path.open("rb") as reader, partial.open("xb") as writer:
                 shutil.copyfileobj(reader, writer, _CHUNK)
                 writer.flush()
                 if hasattr(os, "fchown"):

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING
 
 from selfupdate import __version__, log, program, settings, versions
 from selfupdate import listener as listeners
+from selfupdate.access import Gate, read_token
 from selfupdate.app import App
 from selfupdate.candidates import Scanner
 from selfupdate.client import Client
-from selfupdate.errors import CandidateError, IllegalTransitionError, SelfUpdateError, StateError, UsageError
+from selfupdate.errors import (
+    CandidateError,
+    IllegalTransitionError,
+    SelfUpdateError,
+    StartError,
+    StateError,
+    UsageError,
+)
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
@@ -24,7 +32,9 @@ from selfupdate.recovery import recover, settle
 from selfupdate.releases import Store
 from selfupdate.server import Server
 from selfupdate.state import StateDirectory
+from selfupdate.trust import Trust
 from selfupdate.upgrade import Upgrader
+from selfupdate.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +63,9 @@ def run(arguments: Sequence[str]) -> int:
         ):
             if is_asked_for:
                 return command(Client(given))
+        if given.verify is not None:
+            settings.check(given)
+            return verify(given, given.verify)
         return _Service(given).run()
     except UsageError as error:
         return _fail(2, error)
@@ -76,14 +89,16 @@ def _open_missing_streams() -> None:
 
 class _Service:
     def __init__(self, given: Settings) -> None:
-        self._settings = given
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
         self._listen_to_signals()
         self._incumbent = Incumbent(os.environ) if given.upgrade else None
-        generation = self._incumbent.generation if self._incumbent else 0
-        log.configure(dev=given.dev, version=__version__, generation=generation)
+        self._settings = given = self._with_trust(given)
+        settings.check(given)
+        self._generation = self._incumbent.generation if self._incumbent else 0
+        log.configure(dev=given.dev, version=__version__, generation=self._generation)
         threading.excepthook = _crash
+        self._token = read_token(given.token_file) if given.token_file else None
         self._inherited = next(iter(listeners.adopt(os.environ)), None)
         self._lifecycle = Lifecycle(Phase.STANDBY if self._incumbent else Phase.RUNNING)
         self._state = StateDirectory(given.state_dir)
@@ -92,44 +107,63 @@ class _Service:
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
         self._server = Server("http", self._respond, given.limits)
-        stop_out, stop_in = socket.socketpair()
+        self._stop_out, self._stop_in = socket.socketpair()
+        self._trust = Trust(given, self._store, self._stop_out.fileno())
+        self._compose()
+        self._standby: Standby | None = None
+        self._has_served = False
+
+    def _compose(self) -> None:
+        """Put together what answers and what upgrades, of the nouns that are there."""
         scanner = Scanner(
-            given.upgrade_dir,
+            self._settings.upgrade_dir,
             self._store,
+            self._trust,
             running=versions.parse(__version__),
+            running_sha256=lambda: self._program.sha256,
             floor=self._floor,
-            allow=given.allow,
+            allow=self._settings.allow,
             fault_of=self._journal.fault_of,
             needed=self._needed_releases,
             fault=self._fault,
-            stop_fd=stop_out.fileno(),
-            limits=given.limits,
+            stop_fd=self._stop_out.fileno(),
+            limits=self._settings.limits,
         )
         self._upgrader = Upgrader(
             program=self._program,
-            generation=generation,
-            settings=given,
+            generation=self._generation,
+            settings=self._settings,
             lifecycle=self._lifecycle,
             journal=self._journal,
             scanner=scanner,
             store=self._store,
+            trust=self._trust,
             server=self._server,
-            stop=(stop_out, stop_in),
+            stop=(self._stop_out, self._stop_in),
             lock_fd=self._state.lock_fd,
             on_retired=lambda: self._wake(_SETTLED),
             on_stop=lambda: self._wake(bytes([signal.SIGTERM])),
         )
         self._app = App(
             program=self._program,
-            generation=generation,
-            settings=given,
+            generation=self._generation,
+            settings=self._settings,
             lifecycle=self._lifecycle,
             journal=self._journal,
             scanner=scanner,
             upgrader=self._upgrader,
+            trust=self._trust,
+            gate=Gate(self._token),
         )
-        self._standby: Standby | None = None
-        self._has_served = False
+
+    def _with_trust(self, given: Settings) -> Settings:
+        """Return the settings with those of trust that the incumbent passed on, if it did."""
+        if self._incumbent is None or self._incumbent.trust is None:
+            return given
+        try:
+            return given.inheriting(self._incumbent.trust)
+        except (ValueError, KeyError) as error:
+            raise StartError(f"the incumbent's settings cannot be taken over: {error!r}") from error
 
     def run(self) -> int:
         """Serve until a stop signal, or until a successor has taken over; return the exit status."""
@@ -146,7 +180,11 @@ class _Service:
             )
             self._standby.begin()
         else:
-            self._accept(self._inherited or listeners.bind(self._settings.bind))
+            listener = self._inherited or listeners.bind(self._settings.bind)
+            if not listeners.is_local(listener):
+                self._check_reach()
+            self._accept(listener)
+            threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
         while True:
@@ -165,6 +203,14 @@ class _Service:
                 _log.info("retired")
                 return 0
 
+    def _check_reach(self) -> None:
+        """Refuse to serve others with less than `-bind` would ask for. Raises StartError."""
+        what = "the socket that was passed on can be reached from other machines"
+        if self._settings.insecure_allow_unsigned:
+            raise StartError(f"{what}, and signatures are not checked; give -allowed-signers FILE")
+        if self._token is None:
+            raise StartError(f"{what}; give the token that a POST must bear with -token-file FILE")
+
     def _respond(self, request: Request) -> Response:
         return self._app.respond(request)
 
@@ -175,7 +221,7 @@ class _Service:
         self._state.sign(str(self._upgrader.bind))
         _log.info("serving", extra={"bind": str(self._upgrader.bind)})
 
-    def _open_state(self) -> str | None:
+    def _open_state(self) -> StateError | None:
         """Be the only service on the state directory, or its service's successor, and put it in order.
 
         Returns why upgrades are off, where it can't be used. Raises StartError where another service has it.
@@ -201,8 +247,8 @@ class _Service:
                 self._store.open()
                 self._journal.read()
         except StateError as error:
-            _log.error("upgrades are off", extra={"reason": str(error)})
-            return str(error)
+            _log.error("upgrades are off", extra={"code": error.code, "reason": str(error), "remedy": error.remedy})
+            return error
         return None
 
     def _keep_this_program(self) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfupdate.errors import UsageError, VersionError
-from selfupdate.listener import Address, parse_address
+from selfupdate.listener import Address, is_loopback, parse_address
+from selfupdate.sshformat import is_namespace
 from selfupdate.versions import parse_specifiers
 
 if TYPE_CHECKING:
@@ -54,10 +55,29 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _directory(text: str) -> Path:
+def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise ValueError(text)
     return Path(text)
+
+
+def _namespace(text: str) -> str:
+    if not is_namespace(text):
+        raise ValueError(text)
+    return text
+
+
+def _fingerprints(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip().replace(" ", "").upper() for part in text.split(","))
+    if not all(re.fullmatch("[0-9A-F]{40}|[0-9A-F]{64}", part) for part in found):
+        raise ValueError(text)
+    return found
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-8]", text):
+        raise ValueError(text)
+    return int(text)
 
 
 def _hosts(text: str) -> frozenset[str]:
@@ -76,6 +96,8 @@ class Flag:
     parse: Callable[[str], Any]
     takes: str
     help: str
+    concerns: str = ""
+    """`trust`, or `call` for what asks for something else than a service."""
 
     @property
     def variable(self) -> str:
@@ -93,6 +115,8 @@ class Flag:
         return self.parse is _switch
 
 
+_TRUST, _CALL = "trust", "call"
+_FILE = "a file"
 _DURATION = "a duration such as 500ms, 10s or 2m, of at most 24h"
 _BOOLEAN = "true or false"
 _ADDRESS = "an address such as localhost:8080, :8080, [::1]:8080 or unix:/path"
@@ -102,26 +126,36 @@ FLAGS = (
     Flag("dev", "false", _switch, _BOOLEAN, "write logs for people, with debug lines, instead of JSON"),
     Flag("upgrade", "false", _switch, _BOOLEAN, "stand by as a successor; passed by an incumbent only"),
     Flag("upgrade-bind", "localhost:8081", parse_address, _ADDRESS, "where a successor listens until it takes over"),
-    Flag("upgrade-dir", "upgrades", _directory, "a directory", "where candidates are looked for"),
-    Flag("state-dir", None, _directory, "a directory", "where private copies of candidates are kept"),
+    Flag("upgrade-dir", "upgrades", _path, "a directory", "where candidates are looked for"),
+    Flag("state-dir", None, _path, "a directory", "where private copies of candidates are kept"),
     Flag("standby", "30s", parse_duration, _DURATION, "how long a successor may take until it stands by"),
     Flag("probation", "10s", parse_duration, _DURATION, "how long a successor is watched before it is there to stay"),
     Flag("drain", "30s", parse_duration, _DURATION, "how long requests under way may take to end"),
     Flag("allow", None, parse_specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
     Flag("allowed-hosts", None, _hosts, "host names with commas between", "names that clients may call the service by"),
-    Flag("status", "false", _switch, _BOOLEAN, "print how the running service stands, and exit"),
-    Flag("json", "false", _switch, _BOOLEAN, "with -status: print JSON"),
-    Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, print each phase, and exit"),
-    Flag("rollback", "false", _switch, _BOOLEAN, "ask the running service to go back to the version before, likewise"),
-    Flag("version", "false", _switch, _BOOLEAN, "print the version and exit"),
-    Flag("help", "false", _switch, _BOOLEAN, "print this text and exit"),
+    Flag("allowed-signers", None, _path, _FILE, "whose SSH signatures count (ssh-keygen(1))", _TRUST),
+    Flag("revoked-keys", None, _path, _FILE, "SSH keys that count no more: public keys, or a KRL", _TRUST),
+    Flag("sign-namespace", "release@self-update", _namespace, "a namespace", "what SSH signatures must be for", _TRUST),
+    Flag("keyring", None, _path, _FILE, "the keys of OpenPGP signatures (gpgv(1))", _TRUST),
+    Flag("signer", None, _fingerprints, "fingerprints with commas between", "which keys of -keyring count", _TRUST),
+    Flag("signers-required", "1", _count, "a number from 1 to 8", "how many people must have signed", _TRUST),
+    Flag("insecure-allow-unsigned", "false", _switch, _BOOLEAN, "check no signatures; on loopback alone", _TRUST),
+    Flag("token-file", None, _path, _FILE, "the token that every POST must bear", _TRUST),
+    Flag("status", "false", _switch, _BOOLEAN, "print how the running service stands, and exit", _CALL),
+    Flag("json", "false", _switch, _BOOLEAN, "with -status: print JSON", _CALL),
+    Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, print each phase, and exit", _CALL),
+    Flag("rollback", "false", _switch, _BOOLEAN, "ask the running service to go back to the version before", _CALL),
+    Flag("verify", None, _path, _FILE, "print whether a file would be trusted, without running it, and exit", _CALL),
+    Flag("version", "false", _switch, _BOOLEAN, "print the version and exit", _CALL),
+    Flag("help", "false", _switch, _BOOLEAN, "print this text and exit", _CALL),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 _BY_NAME["h"] = _BY_NAME["help"]
-_ABOUT_THE_CALL = {"status", "json", "apply", "rollback", "version", "help"}
-"""Flags that ask for something else than a service; the environment does not set them."""
+_ABOUT_THE_CALL = {flag.name for flag in FLAGS if flag.concerns == _CALL}
+_NOT_IN_THE_ENVIRONMENT = {*_ABOUT_THE_CALL, "insecure-allow-unsigned"}
+"""Flags that no variable sets: what asks for something else than a service, and what turns checking off."""
 _ON_THE_COMMAND_LINE = {"upgrade", "upgrade-bind", "bind"}
-"""Flags that an incumbent passes as arguments; the others go through the environment."""
+"""Flags that an incumbent passes as arguments; trust goes through the channel, the rest through the environment."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +196,8 @@ class Limits:
     """For a successor to leave when told, before it is killed."""
     rebind_time: float = 5.0
     """For an address to become free, or to be listened on, where nothing tells when it is."""
+    verify_time: float = 30.0
+    """For a signature to be checked."""
     poll_interval: float = 0.02
     """Between two looks at what cannot announce itself."""
 
@@ -181,10 +217,19 @@ class Settings:
     drain: float
     allow: SpecifierSet | None
     allowed_hosts: frozenset[str] | None
+    allowed_signers: Path | None
+    revoked_keys: Path | None
+    sign_namespace: str
+    keyring: Path | None
+    signer: tuple[str, ...] | None
+    signers_required: int
+    insecure_allow_unsigned: bool
+    token_file: Path | None
     status: bool
     json: bool
     apply: bool
     rollback: bool
+    verify: Path | None
     version: bool
     help: bool
     given: Mapping[str, str]
@@ -192,8 +237,25 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that give a successor these settings."""
-        return {_BY_NAME[name].variable: text for name, text in self.given.items() if name not in _ON_THE_COMMAND_LINE}
+        """Return the environment variables that give a successor these settings, but for those of trust."""
+        names = self.given.keys() - _ON_THE_COMMAND_LINE - self.trust.keys()
+        return {_BY_NAME[name].variable: self.given[name] for name in names}
+
+    @property
+    def trust(self) -> dict[str, str]:
+        """The text of each flag that concerns trust, for a successor: it does not choose whom it trusts."""
+        return {name: text for name, text in self.given.items() if _BY_NAME[name].concerns == _TRUST}
+
+    def inheriting(self, trust: Mapping[str, str]) -> Settings:
+        """Return these settings with the incumbent's for what concerns trust. Raises ValueError."""
+        own = {name: text for name, text in self.given.items() if _BY_NAME[name].concerns != _TRUST}
+        given = {**own, **trust}
+        values = {
+            flag.attribute: flag.parse(given[flag.name]) if flag.name in given else _default(flag)
+            for flag in FLAGS
+            if flag.concerns == _TRUST
+        }
+        return replace(self, given=given, **values)
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -201,12 +263,13 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     Raises UsageError, in one line that names the flag or variable, what it got and what it takes.
     """
-    given = _from_environment(environ)
-    given.update(_from_arguments(list(arguments)))
+    from_arguments = _from_arguments(list(arguments))
+    given = {**_from_environment(environ), **from_arguments}
+    if _implies_unsigned(from_arguments, given):
+        given["insecure-allow-unsigned"] = "true"
     values: dict[str, Any] = {}
     for flag in FLAGS:
-        text = given.get(flag.name, flag.default)
-        values[flag.attribute] = None if text is None else flag.parse(text)
+        values[flag.attribute] = flag.parse(given[flag.name]) if flag.name in given else _default(flag)
     if values["bind"] == values["upgrade_bind"] and (values["bind"].port or values["bind"].path):
         raise UsageError(f"-upgrade-bind got {values['bind']}, as -bind did; it takes another address")
     if values["state_dir"] is None:
@@ -214,20 +277,57 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     return Settings(given={name: text for name, text in given.items() if name not in _ABOUT_THE_CALL}, **values)
 
 
+def check(settings: Settings) -> None:
+    """Check that what was set fits together and is safe to serve with. Raises UsageError."""
+    has_root = settings.allowed_signers is not None or settings.keyring is not None
+    if settings.allowed_signers is not None and settings.keyring is not None:
+        raise UsageError("-allowed-signers and -keyring were both given; signatures are of one kind: give one of them")
+    if (settings.keyring is None) != (settings.signer is None):
+        raise UsageError("-keyring and -signer go together: the keys, and the fingerprints of those that may sign")
+    if settings.revoked_keys is not None and settings.allowed_signers is None:
+        raise UsageError("-revoked-keys goes with -allowed-signers; for OpenPGP, revoke the key in the keyring")
+    if settings.insecure_allow_unsigned and has_root:
+        raise UsageError("-insecure-allow-unsigned was given with a list of signers; leave one of them out")
+    if is_loopback(settings.bind):
+        return
+    if settings.insecure_allow_unsigned:
+        raise UsageError(
+            f"-insecure-allow-unsigned was given, and {settings.bind} can be reached from other machines; "
+            "give -allowed-signers FILE instead, or bind a loopback address"
+        )
+    if settings.token_file is None:
+        raise UsageError(
+            f"{settings.bind} can be reached from other machines; give the token that a POST must bear "
+            "with -token-file FILE, or bind a loopback address"
+        )
+
+
+def _implies_unsigned(arguments: Mapping[str, str], given: Mapping[str, str]) -> bool:
+    """Tell whether `-dev` implies `-insecure-allow-unsigned`: as a flag, on loopback, where nothing else was said."""
+    bind = parse_address(given.get("bind", _BY_NAME["bind"].default or ""))
+    said = given.keys() & {"allowed-signers", "keyring", "insecure-allow-unsigned"}
+    return _SWITCH[arguments.get("dev", "false")] and not said and is_loopback(bind)
+
+
+def _default(flag: Flag) -> Any:
+    return None if flag.default is None else flag.parse(flag.default)
+
+
 def usage() -> str:
     """Return the text of `-help`."""
     lines = ["usage: self-update [-flag value ...]", ""]
     for flag in FLAGS:
         default = f" (default {flag.default})" if flag.default and not flag.is_switch else ""
-        lines.append(f"  -{flag.name:<14} {flag.help}{default}")
-    lines += ["", f"Each flag can be given as an environment variable, too: {PREFIX}UPGRADE_DIR for -upgrade-dir."]
+        lines.append(f"  -{flag.name:<23} {flag.help}{default}")
+    lines += ["", f"What configures the service can be given as environment variables, too: {PREFIX}UPGRADE_DIR"]
+    lines += ["for -upgrade-dir, and so on; but nothing there turns the checking of signatures off."]
     return "\n".join(lines)
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     given = {}
     for flag in FLAGS:
-        if flag.name in _ABOUT_THE_CALL or flag.variable not in environ:
+        if flag.name in _NOT_IN_THE_ENVIRONMENT or flag.variable not in environ:
             continue
         given[flag.name] = _checked(flag, environ[flag.variable], flag.variable)
     return given

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import process, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
-from selfupdate.listener import FIRST_FD, Address, connect
+from selfupdate.listener import FIRST_FD, Address, connect, is_ours
 from selfupdate.notify import Receiver
 from selfupdate.transcript import STREAMS, Transcript
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
     from selfupdate.journal import Record
-    from selfupdate.releases import Release
     from selfupdate.settings import Settings
+    from selfupdate.trust import Release
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class Successor:
         """Prepare to start `release`, which said that it is `version`, for the addresses given."""
         self.shares_listener = False
         """Whether it serves on the inherited socket."""
-        self._release = release
+        self._name = release.name
+        self._command = release.command("-upgrade", "true", "-upgrade-bind", str(upgrade_bind), "-bind", str(bind))
         self._version = version
         self._settings = settings
         self._limits = settings.limits
@@ -135,25 +136,17 @@ class Successor:
         environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
         environ |= self._settings.environment()
         environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(channel)}
+        mark = f"NOTIFY_SOCKET={self._notifications.address}"
         if listeners:
             environ["LISTEN_FDNAMES"] = "http"
-        command = [
-            str(self._release.path),
-            "-upgrade",
-            "true",
-            "-upgrade-bind",
-            str(self._upgrade_bind),
-            "-bind",
-            str(self._bind),
-        ]
         try:
             self._process = process.spawn(
-                command, environ, passed, listeners=len(listeners), streams=self._transcript.writers
+                self._command, environ, passed, listeners=len(listeners), streams=self._transcript.writers, mark=mark
             )
             self._guard = process.Guard(self._process.pid, self._transcript.readers)
         except OSError as error:
             kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError
-            raise kind(f"{self._release.name} cannot be executed: {error.strerror}") from error
+            raise kind(f"{self._name} cannot be executed: {error.strerror}", "cannot-execute") from error
         finally:
             theirs.close()
             self._transcript.close_writers()
@@ -178,10 +171,20 @@ class Successor:
         deadline = time.monotonic() + self._settings.standby
         while not self._is_ready:
             if time.monotonic() >= deadline:
-                raise SuccessorError(f"did not stand by within {self._settings.standby:g} s")
+                raise SuccessorError(f"did not stand by within {self._settings.standby:g} s", "handover-timeout")
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), doing)
             if self._is_plain(deadline, doing):
-                return
+                break
+        self._check_owner(self._upgrade_bind, "-upgrade-bind")
+
+    def _check_owner(self, address: Address, flag: str) -> None:
+        """Check that what listens there is this account's. Raises UpgradeError: the release is not to blame."""
+        if not is_ours(address):
+            raise UpgradeError(
+                f"what listens on {address} is not, or not only, of this account",
+                "handover-bind",
+                f"end what listens there, or give another address with {flag}",
+            )
 
     def probe(self) -> None:
         """Check on its temporary server that it is the right version, the right process, and healthy.
@@ -193,13 +196,17 @@ class Successor:
         deadline = time.monotonic() + self._limits.replace_time
         status, health = self._get(self._upgrade_bind, "/healthz", deadline, "when it was probed")
         if status != http.client.OK:
-            raise SuccessorError(f"is not healthy: it answered {status} when it was probed")
+            raise SuccessorError(f"is not healthy: it answered {status} when it was probed", "probe-unhealthy")
         if health.get("pid") != self.pid:
             raise SuccessorError(
-                f"is process {self.pid}, and what answers on {self._upgrade_bind} is process {health.get('pid')!r}"
+                f"is process {self.pid}, and what answers on {self._upgrade_bind} is process {health.get('pid')!r}",
+                "probe-other-process",
             )
         if not self._is_own_version(health.get("version")):
-            raise SuccessorError(f"says {health.get('version')!r} when it runs, and said {self._version} to -version")
+            raise SuccessorError(
+                f"says {health.get('version')!r} when it runs, and said {self._version} to -version",
+                "probe-other-version",
+            )
 
     def _is_own_version(self, said: object) -> bool:
         try:
@@ -211,6 +218,7 @@ class Successor:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
         if self._guard:
             self._guard.release()
+        self._check_owner(self._upgrade_bind, "-upgrade-bind")  # again, since now it is told the secret
         deadline = time.monotonic() + self._limits.replace_time
         doing = "when it was to take over"
         status, answer = self._get(
@@ -218,7 +226,7 @@ class Successor:
         )
         if status != http.client.OK:
             detail = f": {answer['detail']}" if isinstance(answer.get("detail"), str) else ""
-            raise SuccessorError(f"did not take over: it answered {status}{detail}")
+            raise SuccessorError(f"did not take over: it answered {status}{detail}", "handover-refused")
         if not self.shares_listener:
             self._wait_until_bound(time.monotonic() + self._limits.rebind_time)
 
@@ -230,9 +238,11 @@ class Successor:
             deadline = time.monotonic() + self._limits.health_time
             status, health = self._get(self._bind, "/healthz", deadline, doing)
             if status >= http.client.INTERNAL_SERVER_ERROR:
-                raise SuccessorError(f"is not healthy: it answered {status} on trial")
+                raise SuccessorError(f"is not healthy: it answered {status} on trial", "trial-unhealthy")
             if health.get("pid", self.pid) != self.pid:
-                raise SuccessorError(f"does not serve on {self._bind}: process {health['pid']!r} does")
+                raise SuccessorError(
+                    f"does not serve on {self._bind}: process {health['pid']!r} does", "trial-other-process"
+                )
             if time.monotonic() >= end:
                 return
             self.wait(min(end, time.monotonic() + self._limits.health_interval), doing)
@@ -298,7 +308,7 @@ class Successor:
             if fd in ready:
                 return True
             if self._process.exit_fd in ready:
-                raise SuccessorError(f"{process.ending(self._process.end(0))} {doing}")
+                raise SuccessorError(f"{process.ending(self._process.end(0))} {doing}", "handover-died")
             if fd is None and self._is_ready:
                 return False
         return False
@@ -339,9 +349,11 @@ class Successor:
             except OSError as error:
                 if time.monotonic() >= deadline:
                     raise SuccessorError(
-                        f"did not take over: it said so, and does not listen on {self._bind}: {error.strerror}"
+                        f"did not take over: it said so, and does not listen on {self._bind}: {error.strerror}",
+                        "handover-bind",
                     ) from None
             else:
+                self._check_owner(self._bind, "-bind")
                 return
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), "after it was to take over")
 
@@ -359,11 +371,11 @@ class Successor:
                 response.begin()
                 body = response.read(_ANSWER_SIZE)
         except TimeoutError:
-            raise _NoAnswerError(f"did not answer GET {path} {doing} in time") from None
+            raise _NoAnswerError(f"did not answer GET {path} {doing} in time", "handover-timeout") from None
         except (OSError, http.client.HTTPException) as error:
             self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
             what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-            raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}") from None
+            raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}", "handover-no-answer") from None
         try:
             value = json.loads(body)
         except ValueError:

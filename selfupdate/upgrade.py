@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
-from selfupdate import versions
+from selfupdate import signature, versions
 from selfupdate.candidates import Candidate
 from selfupdate.errors import (
     CandidateError,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from selfupdate.releases import Store
     from selfupdate.server import Server
     from selfupdate.settings import Settings
+    from selfupdate.trust import Trust
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Upgrader:
         journal: Journal,
         scanner: Scanner,
         store: Store,
+        trust: Trust,
         server: Server,
         lock_fd: int,
         stop: tuple[socket.socket, socket.socket],
@@ -88,6 +90,7 @@ class Upgrader:
         self._journal = journal
         self._scanner = scanner
         self._store = store
+        self._trust = trust
         self._server = server
         self._on_retired = on_retired
         self._on_stop = on_stop
@@ -133,10 +136,10 @@ class Upgrader:
                 "There is no version to go back to: the one that runs is the first that this state directory knows."
             )
         try:
-            release = self._store.find(last.from_sha256)
+            release = self._trust.recall(self._store.find(last.from_sha256), last)
         except CandidateError as error:
             raise NothingToRollBackToError(f"There is no version to go back to: {error}.") from None
-        return Candidate(release.name, versions.parse(last.from_version), release, None, eligible=True)
+        return Candidate(release.name, versions.parse(last.from_version), release)
 
     def _begin(self, record: Record, choose: Callable[[], Candidate | None]) -> Record | None:
         try:
@@ -199,8 +202,11 @@ class Upgrader:
         assert candidate.release is not None
         assert candidate.version is not None
         release, version = candidate.release, str(candidate.version)
-        self._step(upgrade_id, Event.CHOSEN, to_version=version, name=release.name, sha256=release.sha256)
-        self._store.confirm(release)
+        fields = {"to_version": version, "name": release.name, "sha256": release.sha256}
+        keys = tuple(signer.key for signer in release.signers)
+        self._step(upgrade_id, Event.CHOSEN, **fields, signer=signature.names(release.signers), signer_keys=keys)
+        self._store.confirm(release.copy)
+        self._trust.confirm(release)
 
         self._step(upgrade_id, Event.STAGED)
         successor = self._start(candidate)
@@ -232,8 +238,9 @@ class Upgrader:
             upgrade_bind = listeners.vacant(self._settings.upgrade_bind)
         except OSError as error:
             raise UpgradeError(
-                f"the temporary address {self._settings.upgrade_bind} cannot be used: {error.strerror}; "
-                "stop what listens there, or give another one with -upgrade-bind"
+                f"the temporary address {self._settings.upgrade_bind} cannot be used: {error.strerror}",
+                "handover-bind",
+                "stop what listens there, or give another one with -upgrade-bind",
             ) from error
         successor = self._spawn(candidate, upgrade_bind, self._listener)
         if not successor.shares_listener:
@@ -252,6 +259,7 @@ class Upgrader:
             "program": str(self._program.path) if self._program.path else None,
             "sha256": candidate.release.sha256,
             "installed": self._program.installed,
+            "trust": self._settings.trust,
         }
         successor.start(listener, self._lock_fd, hello, os.environ, self._stop_out.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
@@ -299,7 +307,8 @@ class Upgrader:
             reason = f"{name} {error}"
         else:
             reason = str(error)
-        self._step(upgrade_id, Event.FAILED, reason=reason)
+        known = error if isinstance(error, SelfUpdateError) else SelfUpdateError(reason)
+        self._step(upgrade_id, Event.FAILED, reason=reason, code=known.code, remedy=known.remedy)
         is_rolled_back = self._lifecycle.phase is Phase.ROLLING_BACK
         if is_rolled_back:
             self._serve_again()

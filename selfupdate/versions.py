@@ -76,6 +76,11 @@ class Version:
         """Hash by precedence."""
         return hash(self._key)
 
+    @property
+    def is_prerelease(self) -> bool:
+        """Whether it comes before a release (SemVer 2.0.0, section 9)."""
+        return bool(self._pre)
+
     def allowed_by(self, allow: SpecifierSet) -> bool:
         """Tell whether `allow` takes this version; a pre-release only where a specifier names one (PEP 440).
 

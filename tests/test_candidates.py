@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 from programs import shell, write_program
 
-from selfupdate import versions
+from selfupdate import settings, versions
 from selfupdate.candidates import Candidate, Scanner
 from selfupdate.errors import CandidateError, NoSuchCandidateError, NotEligibleError, ScanError, StateError
 from selfupdate.journal import Journal, Record
 from selfupdate.releases import Store, install
 from selfupdate.settings import Limits
+from selfupdate.trust import Trust
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +51,9 @@ def scanner(directory: Path, store: Store, tmp_path: Path) -> Iterator[Callable[
         return Scanner(
             directory,
             store,
+            Trust(settings.parse(["-insecure-allow-unsigned"], {"HOME": "/"}), store, stop_out.fileno()),
             running=versions.parse(running),
+            running_sha256=lambda: None,
             allow=versions.parse_specifiers(allow) if allow else None,
             floor=lambda: versions.parse(floor) if floor else None,
             fault_of=(journal or Journal(tmp_path / "journal")).fault_of,
@@ -64,7 +67,7 @@ def scanner(directory: Path, store: Store, tmp_path: Path) -> Iterator[Callable[
 
 
 def _reasons(candidates: list[Candidate]) -> dict[str, str | None]:
-    return {candidate.name: candidate.reason for candidate in candidates}
+    return {candidate.name: str(candidate.refusal) if candidate.refusal else None for candidate in candidates}
 
 
 def test_the_greatest_is_chosen_and_each_other_has_its_reason(directory: Path, scanner: Callable[..., Scanner]) -> None:
@@ -121,19 +124,27 @@ def test_a_file_that_is_no_program_is_listed_with_the_reason(directory: Path, sc
     (directory / "unmarked").write_text("#!/bin/sh\necho 2.0.0\n", encoding="utf-8")
     write_program(directory / "large", b"#!/bin/sh\n" + b"#" * 10000)
     assert _reasons(scanner().scan()) == {
-        "unmarked": "is not executable; chmod +x makes it a candidate",
+        "unmarked": "is not executable",
         "large": "has 10010 bytes; at most 10000 are taken",
     }
 
 
-def test_names_are_shown_escaped(directory: Path, scanner: Callable[..., Scanner]) -> None:
-    """A name can hold anything but a slash: what can't be printed is escaped, and asking by the shown name works."""
-    shell(directory / "a\n\x1b[31m\u202eb", "2.0.0", "")
-    (candidate,) = scanner().scan()
-    shown = candidate.as_json()["name"]
-    assert shown == "a\\n\\x1b[31m\\u202eb"
-    named = scanner().choose("a\\n\\x1b[31m\\u202eb")
-    assert named == candidate
+@pytest.mark.parametrize("name", ["a\n\x1b[31m\u202eb", "<script>", "-rf", "..a", "a b", "a\udcff", "x" * 129, "é"])
+def test_an_odd_name_is_shown_escaped_and_refused(directory: Path, scanner: Callable[..., Scanner], name: str) -> None:
+    """A name can hold anything but a slash; what could be taken for something else is not run."""
+    ran = directory.parent / "ran"
+    write_program(directory / name, f"#!/bin/sh\necho > {ran}\necho 2.0.0\n".encode())
+    found = scanner().scan()
+    if name.startswith("."):
+        assert found == [], "hidden"
+    else:
+        (candidate,) = found
+        said = candidate.as_json()
+        assert isinstance(said["name"], str)
+        assert (said["name"].isprintable(), said["code"]) == (True, "candidate-odd-name")
+        with pytest.raises(NotEligibleError, match="cannot be upgraded to: has an odd name"):
+            scanner().choose(said["name"])
+    assert not ran.exists()
 
 
 def test_allow_narrows_the_choice(directory: Path, scanner: Callable[..., Scanner]) -> None:
@@ -158,7 +169,7 @@ def test_a_lesser_one_can_be_asked_for_by_name(directory: Path, scanner: Callabl
         shell(directory / name, version, "")
     chosen = scanner().choose("a")
     assert chosen is not None
-    assert (chosen.name, chosen.reason) == ("a", None)
+    assert (chosen.name, chosen.refusal) == ("a", None)
 
 
 def test_a_release_that_failed_is_passed_over(directory: Path, tmp_path: Path, scanner: Callable[..., Scanner]) -> None:
@@ -175,7 +186,7 @@ def test_a_release_that_failed_is_passed_over(directory: Path, tmp_path: Path, s
     )
     shell(directory / "c", "2.0.0", "")  # the same bytes
     found = _reasons(scanner(journal=journal).scan())
-    why = "failed before (no good); ask for it by name to try it again"
+    why = "failed before (no good)"
     assert found == {"a": None, "b": why, "c": why}
     chosen = scanner(journal=journal).choose("c")
     assert chosen is not None
@@ -313,7 +324,8 @@ def test_installing_keeps_mode_and_owner_and_leaves_one_whole_file(
 
 
 def test_a_state_directory_that_cannot_keep_releases(tmp_path: Path) -> None:
-    """The text says which flag helps."""
+    """The text names it, and the remedy which flag helps."""
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(StateError, match="give another one with -state-dir"):
+    with pytest.raises(StateError, match="file cannot keep releases: Not a directory") as caught:
         Store(tmp_path / "file", 1).open()
+    assert caught.value.remedy == "make it writable for this account, or give another one with -state-dir"

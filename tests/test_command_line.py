@@ -44,7 +44,10 @@ def test_wrong_usage_exits_with_2(programs: Programs) -> None:
 )
 def test_a_failed_start_exits_with_1(programs: Programs, tmp_path: Path, arguments: list[str], message: str) -> None:
     """One line says what, and what to do."""
-    ran = _run(programs.version("1.0.0"), "-state-dir", str(tmp_path), *arguments)
+    token = tmp_path / "token"
+    token.write_text("x" * 16, encoding="ascii")
+    token.chmod(0o600)
+    ran = _run(programs.version("1.0.0"), "-state-dir", str(tmp_path / "state"), "-token-file", str(token), *arguments)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith(f"self-update: {message}")
     assert ran.stderr.count("\n") == 1

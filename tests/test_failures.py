@@ -239,7 +239,7 @@ def test_it_goes_between_scan_and_start(site: Site, then: str) -> None:
     record = site.fail("bad")
     assert record["outcome"] == "aborted"
     did, remedy = {"rm": ("removed", "copy it there again"), "touch": ("changed", "ask for the upgrade again")}[then]
-    assert record["reason"] == f"bad was {did} after it had been chosen; {remedy}"
+    assert (record["reason"], record["remedy"]) == (f"bad was {did} after it had been chosen", remedy)
     bad.unlink(missing_ok=True)
 
 
@@ -249,8 +249,9 @@ def test_a_release_that_failed_is_not_chosen_again_until_asked_for_by_name(site:
     assert site.service.upgrade()["outcome"] == "aborted"
     again = site.service.upgrade()
     assert again["outcome"] == "up-to-date"
-    why = "failed before (bad ended with status 4 before it stood by); ask for it by name to try it again"
-    assert [candidate["reason"] for candidate in again["candidates"]] == [why]
+    (listed,) = again["candidates"]
+    assert listed["reason"] == "failed before (bad ended with status 4 before it stood by)"
+    assert (listed["code"], listed["remedy"]) == ("blocked", "ask for it by name to try it again")
     assert site.fail("bad")["reason"] == "bad ended with status 4 before it stood by"
 
 

@@ -157,7 +157,7 @@ def test_the_program_directory_is_another_file_system(
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [("ro", "Read-only file system"), ("noexec", "is mounted noexec; give another one with -state-dir.")],
+    [("ro", "Read-only file system"), ("noexec", "is mounted noexec. To mend it: give another one with -state-dir.")],
 )
 def test_a_state_directory_that_cannot_be_used(
     serve: Callable[..., Service], mount: Callable[..., Path], programs: Programs, options: str, reason: str
@@ -232,7 +232,7 @@ def test_a_journal_that_belongs_to_somebody_else(serve: Callable[..., Service], 
     service = serve(user=65534)
     answer = service.ask("POST", "/upgrade")
     assert answer.status == 503
-    assert "journal cannot be read: Permission denied; make it" in answer.json["detail"]
+    assert "journal cannot be read: Permission denied. To mend it: make it" in answer.json["detail"]
 
 
 def test_a_candidate_that_is_exchanged_all_the_time(

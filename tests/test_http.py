@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import shell
+from programs import shell, write_program
 from service import PATIENCE
 
 if TYPE_CHECKING:
@@ -32,13 +32,23 @@ def test_each_route_answers_as_the_contract_says(start: Callable[..., Service], 
     assert service.get("/version") == {"version": "1.0.0"}
     assert service.get("/healthz") == {"status": "ok", "version": "1.0.0", "pid": pid, "generation": 0}
     status = service.get("/status")
-    assert list(status) == ["version", "pid", "generation", "phase", "bind", "started_at", "installed", "upgrade"]
+    assert list(status) == [
+        "version",
+        "pid",
+        "generation",
+        "phase",
+        "bind",
+        "started_at",
+        "installed",
+        "upgrade",
+        "trust",
+    ]
     assert (status["phase"], status["bind"], status["upgrade"]) == ("RUNNING", f"localhost:{service.address[1]}", None)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", status["started_at"])
     listing = service.get("/candidates")
     assert (listing["current"], listing["latest"]) == ("1.0.0", "new")
     (candidate,) = listing["candidates"]
-    assert list(candidate) == ["name", "version", "sha256", "signer", "eligible", "reason"]
+    assert list(candidate) == ["name", "version", "sha256", "signer", "eligible", "reason", "code", "remedy"]
     assert re.fullmatch("[0-9a-f]{64}", candidate["sha256"])
     assert service.get("/upgrades") == {"upgrades": []}
     for path in ("/nothing", "/upgrades/nothing", "/replace", "/upgrades/../status"):
@@ -179,14 +189,20 @@ def test_the_page(start: Callable[..., Service], tmp_path: Path, tool: Callable[
     assert used <= set(re.findall(r'id="([a-z-]+)"', page.body.decode()))
 
 
-def test_log_lines_are_json_and_survive_hostile_names(start: Callable[..., Service]) -> None:
-    """One object a line, with who wrote it, whatever a file is called."""
+def test_log_lines_are_json_and_survive_hostile_words(start: Callable[..., Service]) -> None:
+    """One object a line, with who wrote it, whatever a program says; a file's odd name never gets that far."""
     service = start()
-    shell(service.upgrade_dir / "a\nb\x1b[31m", "2.0.0", "exit 3")
+    shell(service.upgrade_dir / "a\nb\x1b[31m", "3.0.0", "")
+    shell(service.upgrade_dir / "bad", "2.0.0", "exit 3")
     record = service.upgrade()
     assert record["outcome"] == "aborted"
+    write_program(service.upgrade_dir / "bad", b"#!/bin/sh\nprintf 'a\\nb\\033[31m' >&2; exit 1\n")
+    refused = service.ask("POST", "/upgrade", {"name": "bad"})
+    assert (refused.status, refused.json["code"]) == (422, "version-exit")
+    assert "b\\x1b[31m" in refused.json["detail"]
     service.stop()
-    assert [line["reason"] for line in service.lines if line.get("outcome") == "aborted"] == [record["reason"]]
+    reasons = [line["reason"] for line in service.lines if line.get("outcome") == "aborted"]
+    assert reasons == [record["reason"], refused.json["detail"]]
     for line in service.lines:
         assert {"at", "level", "message", "version", "pid", "generation"} <= line.keys(), line
     assert [line["message"] for line in service.lines][-1] == "stopped"

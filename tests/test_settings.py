@@ -9,7 +9,7 @@ import pytest
 
 from selfupdate.errors import UsageError
 from selfupdate.listener import Address
-from selfupdate.settings import FLAGS, Flag, parse, parse_duration, usage
+from selfupdate.settings import FLAGS, Flag, check, parse, parse_duration, usage
 
 HOME = {"HOME": "/home/somebody"}
 
@@ -100,6 +100,10 @@ def test_durations(text: str, seconds: float) -> None:
         (["-allow", "new"], {}, "-allow got 'new'; it takes version specifiers such as '>=1.2,<2'"),
         (["-upgrade-dir", ""], {}, "-upgrade-dir got ''; it takes a directory"),
         (["-allowed-hosts", "a,,b"], {}, "-allowed-hosts got 'a,,b'; it takes host names with commas between"),
+        ([], {"SELF_UPDATE_ALLOWED_SIGNERS": ""}, "SELF_UPDATE_ALLOWED_SIGNERS got ''; it takes a file"),
+        (["-signers-required", "0"], {}, "-signers-required got '0'; it takes a number from 1 to 8"),
+        (["-sign-namespace", "A b"], {}, "-sign-namespace got 'A b'; it takes a namespace"),
+        (["-signer", "ABCD"], {}, "-signer got 'ABCD'; it takes fingerprints"),
         ([], {"SELF_UPDATE_DRAIN": "soon"}, "SELF_UPDATE_DRAIN got 'soon'; it takes a duration"),
     ],
 )
@@ -113,7 +117,7 @@ def test_wrong_usage(arguments: list[str], environ: dict[str, str], message: str
 
 @pytest.mark.parametrize(
     "flag",
-    [flag for flag in FLAGS if flag.name not in {"status", "json", "apply", "rollback", "version", "help"}],
+    [flag for flag in FLAGS if flag.concerns != "call" and flag.name != "insecure-allow-unsigned"],
     ids=lambda flag: flag.name,
 )
 def test_each_flag_has_a_variable_and_wins_over_it(flag: Flag) -> None:
@@ -121,14 +125,63 @@ def test_each_flag_has_a_variable_and_wins_over_it(flag: Flag) -> None:
     first, second = {
         "bind": (":1", ":2"), "upgrade-bind": (":1", ":2"), "upgrade-dir": ("a", "b"), "state-dir": ("a", "b"),
         "allow": (">=1", ">=2"), "allowed-hosts": ("a", "b"), "dev": ("true", "false"), "upgrade": ("true", "false"),
+        "allowed-signers": ("a", "b"), "revoked-keys": ("a", "b"), "sign-namespace": ("a", "b"), "keyring": ("a", "b"),
+        "signer": ("A" * 40, "B" * 64), "signers-required": ("2", "3"), "token-file": ("a", "b"),
     }.get(flag.name, ("1s", "2s"))  # fmt: skip
     assert flag.variable == "SELF_UPDATE_" + flag.name.upper().replace("-", "_")
     by_environment = parse([], HOME | {flag.variable: first})
     assert getattr(by_environment, flag.attribute) == flag.parse(first)
     by_flag = parse([f"-{flag.name}={second}"], HOME | {flag.variable: first})
     assert getattr(by_flag, flag.attribute) == flag.parse(second)
-    passed_on = {} if flag.name in {"bind", "upgrade", "upgrade-bind"} else {flag.variable: second}
-    assert by_flag.environment() == passed_on
+    is_argument = flag.name in {"bind", "upgrade", "upgrade-bind"}
+    assert by_flag.environment() == ({} if is_argument or flag.concerns else {flag.variable: second})
+    assert by_flag.trust == ({flag.name: second} if flag.concerns else {})
+
+
+def test_no_variable_turns_checking_off() -> None:
+    """Nothing in the environment does, and `-dev` only as a flag, on loopback, where no signers are named."""
+    unsigned = "insecure_allow_unsigned"
+    assert not getattr(parse([], HOME | {"SELF_UPDATE_INSECURE_ALLOW_UNSIGNED": "true"}), unsigned)
+    assert not getattr(parse([], HOME | {"SELF_UPDATE_DEV": "true"}), unsigned)
+    assert getattr(parse(["-dev"], HOME), unsigned)
+    assert getattr(parse(["-dev", "-bind", "[::1]:80"], HOME), unsigned)
+    assert getattr(parse(["-dev", "-bind", "unix:/x"], HOME), unsigned)
+    assert not getattr(parse(["-dev", "-bind", ":80"], HOME), unsigned)
+    assert not getattr(parse(["-dev", "-allowed-signers", "a"], HOME), unsigned)
+    assert not getattr(parse(["-dev"], HOME | {"SELF_UPDATE_ALLOWED_SIGNERS": "a"}), unsigned)
+    assert not getattr(parse(["-dev", "-insecure-allow-unsigned=false"], HOME), unsigned)
+
+
+def test_a_successor_does_not_choose_whom_it_trusts() -> None:
+    """What the incumbent says replaces all of it, what was left at its default included."""
+    incumbent = parse(["-dev", "-token-file", "t"], HOME)
+    own = parse(["-upgrade", "true"], HOME | {"SELF_UPDATE_ALLOWED_SIGNERS": "evil", "SELF_UPDATE_DRAIN": "1s"})
+    inherited = own.inheriting(incumbent.trust)
+    assert inherited.trust == incumbent.trust == {"token-file": "t", "insecure-allow-unsigned": "true"}
+    assert (inherited.allowed_signers, inherited.token_file, inherited.drain) == (None, Path("t"), 1.0)
+    assert inherited.insecure_allow_unsigned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-allowed-signers", "a", "-keyring", "b", "-signer", "A" * 40], "-allowed-signers and -keyring were both"),
+        (["-keyring", "a"], "-keyring and -signer go together"),
+        (["-signer", "A" * 40], "-keyring and -signer go together"),
+        (["-revoked-keys", "a"], "-revoked-keys goes with -allowed-signers"),
+        (["-allowed-signers", "a", "-insecure-allow-unsigned"], "-insecure-allow-unsigned was given with a list"),
+        (["-bind", ":80", "-insecure-allow-unsigned", "-token-file", "t"], "-insecure-allow-unsigned was given, and"),
+        (["-bind", ":80"], ":80 can be reached from other machines; give the token"),
+        (["-bind", "0.0.0.0:80", "-dev"], "0.0.0.0:80 can be reached from other machines; give the token"),
+        (["-bind", "service.example:80"], "service.example:80 can be reached from other machines; give the token"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(arguments: list[str], message: str) -> None:
+    """A service does not start with less protection than was asked for, or than its address needs."""
+    with pytest.raises(UsageError) as caught:
+        check(parse(arguments, HOME))
+    assert str(caught.value).startswith(message)
+    check(parse(["-bind", ":80", "-token-file", "t", "-keyring", "a", "-signer", "a" * 40], HOME))
 
 
 @pytest.mark.parametrize(
