@@ -1,6 +1,6 @@
 "use strict";
 // Shows the service's state and asks for upgrades. Everything that a program or a file can name goes
-// through textContent. Nothing waits a fixed time for an upgrade: the state is asked for again, after a
+// through textContent. A token is kept for this tab alone, and sent with nothing but our own requests. Nothing waits a fixed time for an upgrade: the state is asked for again, after a
 // pause that grows from SOON to LATER (to SOMETIMES during an upgrade) and starts anew whenever something has changed.
 
 const SOON = 100;
@@ -17,8 +17,10 @@ let pause = SOON;
 let timer = null;
 let seen = "";
 
-async function ask(path, options) {
-  const response = await fetch(path, { cache: "no-store", ...options });
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = options.method === "POST" && token ? { Authorization: `Bearer ${token}` } : {};
+  const response = await fetch(path, { cache: "no-store", headers, ...options });
   const body = await response.json();
   if (!response.ok) throw Object.assign(new Error(body.detail), { status: response.status, body });
   return body;
@@ -27,6 +29,15 @@ async function ask(path, options) {
 function say(text, kind = "") {
   at("message").textContent = text;
   at("message").className = kind;
+}
+
+function show(id, text) {
+  at(id).hidden = !text;
+  at(id).textContent = text || "";
+}
+
+function withRemedy({ reason, remedy }) {
+  return remedy ? `${reason}. To mend it: ${remedy}` : reason;
 }
 
 function row(cells) {
@@ -51,8 +62,12 @@ function showStatus(status) {
   at("facts").textContent = `process ${status.pid}, generation ${status.generation}, ${status.phase}, ` +
     `on ${status.bind} since ${new Date(status.started_at).toLocaleString()}`;
   const { version, reason } = status.installed;
-  at("restart").hidden = version === status.version;
-  at("restart").textContent = `A restart will bring ${version}${reason ? `: ${reason}` : ""}.`;
+  show("restart", version !== status.version && `A restart will bring ${version}${reason ? `: ${reason}` : ""}.`);
+  const { checked, running, ...trust } = status.trust;
+  at("unsigned").hidden = checked;
+  show("off", trust.reason && (trust.remedy ? `${trust.reason} To mend it: ${trust.remedy}.` : trust.reason));
+  show("signer", running && (running.reason
+    ? `The running version was signed by ${running.name}: ${running.reason}.` : `Signed by ${running.name}.`));
 }
 
 function showSteps(record) {
@@ -74,7 +89,7 @@ function showSteps(record) {
 function showRecord(record) {
   showSteps(record);
   if (record.outcome === "committed") say(`${record.to} serves.`, "good");
-  else if (record.outcome !== null) say(`${record.outcome}: ${record.reason}.`, "bad");
+  else if (record.outcome !== null) say(`${record.outcome}: ${withRemedy(record)}.`, "bad");
   else say(`Upgrading from ${record.from}${record.to ? ` to ${record.to}` : ""}…`);
 }
 
@@ -85,9 +100,10 @@ function showCandidates({ current, latest, candidates }, isUnderWay) {
   fill("candidates", candidates.map((candidate) => row([
     [candidate.version || "unknown"],
     [candidate.name],
+    [candidate.signer || "nobody", "signer"],
     [candidate.sha256 ? candidate.sha256.slice(0, 12) : "", "digest"],
-    [candidate.reason || "would be chosen", candidate.reason ? "" : "good"],
-  ])), 4, "The upgrade directory holds no candidate.");
+    [candidate.reason ? withRemedy(candidate) : "would be chosen", candidate.reason ? "" : "good"],
+  ])), 5, "The upgrade directory holds no candidate.");
 }
 
 function showHistory(upgrades) {
@@ -95,7 +111,7 @@ function showHistory(upgrades) {
     [new Date(record.started_at).toLocaleString()],
     [record.from],
     [record.to || ""],
-    [(record.outcome || record.phase) + (record.reason ? `: ${record.reason}` : ""), record.outcome === "committed" ? "good" : ""],
+    [(record.outcome || record.phase) + (record.reason ? `: ${withRemedy(record)}` : ""), record.outcome === "committed" ? "good" : ""],
   ])), 4, "No upgrade so far.");
 }
 
@@ -117,7 +133,7 @@ async function look() {
     showCandidates(await ask("/candidates"), following !== null);
   } catch (error) {
     if (!error.body) throw error;
-    fill("candidates", [], 4, error.message);
+    fill("candidates", [], 5, status.trust.reason ? "None is looked at while upgrades are off." : error.message);
     at("offer").textContent = "";
     at("upgrade").disabled = true;
   }
@@ -138,7 +154,7 @@ async function tick() {
   timer = setTimeout(tick, pause);
 }
 
-at("upgrade").addEventListener("click", async () => {
+async function upgrade() {
   at("upgrade").disabled = true;
   say("Choosing…");
   try {
@@ -148,9 +164,25 @@ at("upgrade").addEventListener("click", async () => {
   } catch (error) {
     if (error.body && error.body.id) following = error.body.id;
     else say(error.message, "bad");
+    if (error.status === 401) askForToken();
   }
   pause = SOON;
   tick();
+}
+
+function askForToken() {
+  sessionStorage.removeItem("token");
+  at("token-form").hidden = false;
+  at("token").focus();
+}
+
+at("upgrade").addEventListener("click", upgrade);
+at("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", at("token").value);
+  at("token").value = "";
+  at("token-form").hidden = true;
+  upgrade();
 });
 
 tick();
