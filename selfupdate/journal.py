@@ -19,6 +19,7 @@ is always one whole file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -29,8 +30,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from selfupdate.errors import StateError, UpgradeError
+from selfupdate.errors import StateError, UpgradeError, VersionError
 from selfupdate.releases import sync_directory
+from selfupdate.versions import parse as parse_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -123,12 +125,24 @@ class Record:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Record:
-        """Return the record that `as_json` gave; raises KeyError or TypeError on anything else."""
+        """Return the record that `as_json` gave; raises KeyError, TypeError or VersionError on anything else."""
         timeline = tuple((str(entry["phase"]), str(entry["at"])) for entry in value["timeline"])
         keys = tuple(map(str, value.get("signer_keys", ())))
         fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
         fields |= {"from_version": value["from"], "to_version": value["to"], "timeline": timeline, "signer_keys": keys}
-        return cls(**fields)
+        record = cls(**fields)
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(record, name), kinds):
+                raise TypeError(name)
+        for version in (record.from_version, record.to_version):
+            if version is not None:
+                parse_version(version)
+        return record
+
+
+# The types of what a record holds; what is a tuple was made one above.
+_TYPES: dict[str, Any] = {"str": str, "str | None": (str, type(None)), "bool": bool, "bool | None": (bool, type(None))}
+_KINDS = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(Record) if field.type in _TYPES}
 
 
 class Journal:
@@ -329,7 +343,7 @@ class Journal:
                 continue
             try:
                 record = Record.from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError, VersionError):
                 _log.warning("a line of the journal is passed over", extra={"path": str(self._path), "line": number})
                 continue
             self._records.pop(record.id, None)

@@ -153,6 +153,8 @@ def parse_specifiers(text: str) -> SpecifierSet:
     Raises VersionError where `text` is not one (PEP 440, "Version specifiers").
     """
     try:
+        if len(text) > MAX_LENGTH:
+            raise InvalidSpecifier(text)
         return SpecifierSet(text)
     except InvalidSpecifier:
         raise VersionError(f"{_shown(text)} is not a version specifier such as '>=1.2,<2' (PEP 440)") from None
