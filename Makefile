@@ -6,7 +6,7 @@ VERSION ?=
 venv := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-windows candidate run lint format test test-quick soak diagram lock clean
+.PHONY: help build build-windows candidate run lint format test test-quick fuzz soak diagram lock clean
 
 help: ## show this text
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | while IFS="$$(printf '\t')" read -r name text; do \
@@ -44,6 +44,10 @@ test-quick: .venv/dev.stamp ## the tests that start no service, in seconds
 	@mkdir -p dist
 	@.venv/bin/pytest --basetemp=dist/tests -m 'not slow'
 
+fuzz: SECONDS ?= 60
+fuzz: .venv/dev.stamp ## look for input that does harm, with random seeds, for SECONDS=60
+	@PYTHONPATH=.:.ci:tests $(venv) tests/fuzz.py --seconds '$(SECONDS)'
+
 soak: .venv/dev.stamp ## 200 upgrades in a row, and a table of what they cost
 	@PYTHONPATH=.:.ci:tests $(venv) tests/soak.py
 
@@ -55,7 +59,7 @@ lock: .venv/dev.stamp ## pin the newest tools that pyproject.toml allows
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --upgrade --no-annotate --group dev -o .ci/dev.lock
 
 clean: ## remove all that was made, and keep upgrades/
-	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/%.stamp: .ci/%.lock .ci/venv
