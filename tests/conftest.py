@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
+from keys import OpenPgpKeys, SshKeys
 from programs import Programs
 from service import Service
+from signed import Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +38,50 @@ def start(programs: Programs, tmp_path: Path) -> Iterator[Callable[..., Service]
     yield start
     for service in services:
         service.kill()
+
+
+@pytest.fixture(scope="session")
+def ssh_keys(tmp_path_factory: pytest.TempPathFactory) -> SshKeys:
+    """SSH keys that are made for this run."""
+    return SshKeys(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture
+def ssh(ssh_keys: SshKeys, tool: Callable[[str], str]) -> SshKeys:
+    """SSH keys, where there is a tool to make them."""
+    tool("ssh-keygen")
+    return ssh_keys
+
+
+@pytest.fixture(scope="session")
+def open_pgp_keys() -> Iterator[OpenPgpKeys]:
+    """OpenPGP keys that are made for this run."""
+    with OpenPgpKeys() as keys:
+        yield keys
+
+
+@pytest.fixture
+def gpg(open_pgp_keys: OpenPgpKeys, tool: Callable[[str], str]) -> OpenPgpKeys:
+    """OpenPGP keys, where there are tools to make and to check them."""
+    for name in ("gpg", "gpgconf", "gpgv"):
+        tool(name)
+    return open_pgp_keys
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Site]:
+    """Make a candidate, and nothing that says whom to trust."""
+    stop_out, stop_in = socket.socketpair()
+    with stop_out, stop_in:
+        yield Site(tmp_path, stop_out.fileno())
+
+
+@pytest.fixture
+def site(bare: Site, ssh: SshKeys) -> Site:
+    """Make a candidate that alice, who may, has signed."""
+    bare.allow(ssh.key("alice").line())
+    bare.signature.write_bytes(ssh.key("alice").sign(bare.content))
+    return bare
 
 
 @pytest.fixture
