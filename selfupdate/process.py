@@ -30,7 +30,7 @@ from selfupdate.errors import StopRequestedError
 from selfupdate.listener import FIRST_FD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
 STARTING = threading.Lock()
@@ -46,8 +46,10 @@ _HIGH_FD = 64
 """Descriptors are copied from above here to their places, so that no place is taken while it is still a source."""
 
 # The first word says that the group may live on, the second that it has ended. Without the second, what it
-# writes from now on is passed on, for as long as it does: see `transcript`.
-_GUARD = 'read -r word <&3 || kill -KILL "-$0"; read -r word <&3 && exit; '
+# writes from now on is passed on, for as long as it does: see `transcript`. A signal that is meant for the whole
+# service must not end it before those that write: it starts with these blocked, then has them ignored, as cat has.
+_GUARD = 'trap "" HUP INT TERM; read -r word <&3 || kill -KILL "-$0"; read -r word <&3 && exit; '
+_FOR_ALL = [number for number in signal.Signals if number.name in {"SIGHUP", "SIGINT", "SIGTERM"}]
 _PASS_ON = {(2,): "exec cat <&4 >&2", (1, 2): "cat <&4 >&1 & cat <&5 >&2; wait"}
 
 # LISTEN_PID has to be the number of a process that does not exist yet. The shell knows its own,
@@ -186,7 +188,7 @@ def _wait_for_end(pid: int) -> None:
             os.close(fd)
 
 
-def spawn(
+def spawn(  # noqa: PLR0913 - what a child gets, each with its name
     arguments: Sequence[str],
     environ: Mapping[str, str],
     fds: Sequence[int],
@@ -194,11 +196,13 @@ def spawn(
     listeners: int = 0,
     streams: Mapping[int, int] | None = None,
     mark: str = "",
+    blocked: Collection[signal.Signals] = (),
 ) -> Process:
     """Start `arguments` with `fds` as its descriptors 3, 4, … of which the first are `listeners` sockets.
 
     The child keeps this process's directory and standard streams, but for those that are given in
-    `streams`, by their number. `mark` is an entry of `environ` that no other process has. Raises OSError.
+    `streams`, by their number. `mark` is an entry of `environ` that no other process has,
+    `blocked` are signals that do not reach it. Raises OSError.
     """
     if sys.platform != "linux":
         raise OSError("passing descriptors needs Linux")
@@ -210,8 +214,10 @@ def spawn(
         environ["LISTEN_FDS"] = str(listeners)
         command = ["/bin/sh", "-c", _WITH_PID, *arguments]
     places = {**dict(enumerate(fds, FIRST_FD)), **(streams or {})}
-    high = {place: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for place, fd in places.items()}
+    high: dict[int, int] = {}
     try:
+        for place, fd in places.items():
+            high[place] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
         with STARTING:
             pid = os.posix_spawn(
                 command[0],
@@ -219,7 +225,7 @@ def spawn(
                 environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in high.items()],
                 setpgroup=0,
-                setsigmask=(),
+                setsigmask=blocked,
                 setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
             )
     finally:
@@ -241,7 +247,7 @@ class Guard:
         read, self._write = os.pipe()
         try:
             command = ["/bin/sh", "-c", _GUARD + _PASS_ON[tuple(readers)], str(pid)]
-            self._shell = spawn(command, {"PATH": "/usr/bin:/bin"}, [read, *readers.values()])
+            self._shell = spawn(command, {"PATH": "/usr/bin:/bin"}, [read, *readers.values()], blocked=_FOR_ALL)
         except BaseException:
             os.close(self._write)
             raise

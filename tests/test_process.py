@@ -183,6 +183,8 @@ def test_a_guard_passes_on_what_a_group_writes_later(capfd: pytest.CaptureFixtur
     guard = process.Guard(child.pid, readers)
     guard.release()
     guard.leave()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        os.killpg(guard.pid, number)  # as a service manager does that ends a whole service
     os.write(write, b"\n")
     assert child.end(PATIENCE) == 0
     for fd in (*writers.values(), *readers.values(), read, write):
