@@ -98,26 +98,32 @@ def is_local(listener: socket.socket) -> bool:
     return is_loopback(Address(listener.getsockname()[0]))
 
 
-def is_ours(address: Address) -> bool:
-    """Tell whether this account's processes, and no other's, listen on `address`.
+def owners_of(address: Address) -> set[int]:
+    """Return the accounts, by uid, whose processes listen on `address`: another's answers are none of a successor's.
 
     The kernel says whose each listening socket is (proc(5), /proc/net/tcp; the file of a Unix socket).
     """
-    if sys.platform != "linux":
-        return True
+    if sys.platform == "win32":
+        return set()
     if address.path:
-        return Path(address.path).stat().st_uid == os.geteuid()
+        try:
+            return {Path(address.path).stat().st_uid}
+        except FileNotFoundError:
+            return set()
     family, (host, port) = _resolve(address)
     ours = _in_kernel(family, host)
-    owners = set()
+    owners: set[int] = set()
     for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError):
-            for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+        with contextlib.suppress(FileNotFoundError), Path(f"/proc/net/{table}").open(encoding="ascii") as lines:
+            next(lines)  # the names of the columns
+            for line in lines:
                 _, local, _, state, _, _, _, uid, *_ = line.split()
+                if state != _LISTENING:
+                    break  # those that listen come first, and of the others there may be many thousands
                 place, _, number = local.rpartition(":")
-                if state == _LISTENING and int(number, 16) == port and _overlap(ours, bytes.fromhex(place)):
+                if int(number, 16) == port and _overlap(ours, bytes.fromhex(place)):
                     owners.add(int(uid))
-    return owners == {os.geteuid()}
+    return owners
 
 
 def _in_kernel(family: int, host: str) -> bytes:

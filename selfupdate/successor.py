@@ -23,6 +23,7 @@ import http.client
 import io
 import json
 import logging
+import os
 import secrets
 import socket
 import sys
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import process, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
-from selfupdate.listener import FIRST_FD, Address, connect, is_ours
+from selfupdate.listener import FIRST_FD, Address, connect, owners_of
 from selfupdate.notify import Receiver
 from selfupdate.transcript import STREAMS, Transcript
 
@@ -175,16 +176,24 @@ class Successor:
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), doing)
             if self._is_plain(deadline, doing):
                 break
-        self._check_owner(self._upgrade_bind, "-upgrade-bind")
+        self._check_owner(self._upgrade_bind, "-upgrade-bind", doing)
 
-    def _check_owner(self, address: Address, flag: str) -> None:
-        """Check that what listens there is this account's. Raises UpgradeError: the release is not to blame."""
-        if not is_ours(address):
-            raise UpgradeError(
-                f"what listens on {address} is not, or not only, of this account",
-                "handover-bind",
-                f"end what listens there, or give another address with {flag}",
-            )
+    def _check_owner(self, address: Address, flag: str, doing: str) -> None:
+        """Check that what listens there is this account's.
+
+        Raises SuccessorError where nothing does, or it has ended; UpgradeError where a stranger's does.
+        """
+        owners = owners_of(address)
+        if sys.platform == "win32" or owners == {os.geteuid()}:
+            return
+        self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
+        if not owners:
+            raise SuccessorError(f"does not listen on {address}", "handover-bind")
+        raise UpgradeError(
+            f"another account's process listens on {address}",
+            "handover-bind",
+            f"end it, or give another address with {flag}",
+        )
 
     def probe(self) -> None:
         """Check on its temporary server that it is the right version, the right process, and healthy.
@@ -218,9 +227,9 @@ class Successor:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
         if self._guard:
             self._guard.release()
-        self._check_owner(self._upgrade_bind, "-upgrade-bind")  # again, since now it is told the secret
-        deadline = time.monotonic() + self._limits.replace_time
         doing = "when it was to take over"
+        self._check_owner(self._upgrade_bind, "-upgrade-bind", doing)  # again, since now it is told the secret
+        deadline = time.monotonic() + self._limits.replace_time
         status, answer = self._get(
             self._upgrade_bind, "/replace", deadline, doing, {"Authorization": f"Bearer {self._secret}"}
         )
@@ -301,15 +310,16 @@ class Successor:
         """
         assert self._process is not None
         fds = {self._process.exit_fd, self._notifications.fileno(), self._stop_fd} | ({fd} if fd is not None else set())
-        while (ready := process.ready(fds, deadline)) and time.monotonic() < deadline:
+        while ready := process.ready(fds, deadline):
+            is_late = time.monotonic() >= deadline  # what has happened is news all the same
             if self._stop_fd in ready:
                 raise StopRequestedError("a stop signal arrived")
             self._take_notifications()
-            if fd in ready:
+            if fd in ready and not is_late:
                 return True
             if self._process.exit_fd in ready:
                 raise SuccessorError(f"{process.ending(self._process.end(0))} {doing}", "handover-died")
-            if fd is None and self._is_ready:
+            if is_late or (fd is None and self._is_ready):
                 return False
         return False
 
@@ -353,7 +363,7 @@ class Successor:
                         "handover-bind",
                     ) from None
             else:
-                self._check_owner(self._bind, "-bind")
+                self._check_owner(self._bind, "-bind", "after it was to take over")
                 return
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), "after it was to take over")
 

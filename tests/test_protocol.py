@@ -75,6 +75,16 @@ def test_a_foreign_successor_of_the_full_protocol_takes_over(start: Callable[...
     assert service.get("/version")["version"] == "2.0.0"
 
 
+def test_a_successor_that_announces_itself_and_does_not_listen(start: Callable[..., Service]) -> None:
+    """It is to blame, and is not chosen again unasked."""
+    service = start()
+    fake(service.upgrade_dir / "foreign", "full", "2.0.0", "does not listen")
+    record = service.upgrade()
+    assert (record["outcome"], record["code"], record["is_fault_of_release"]) == ("aborted", "handover-bind", True)
+    assert record["reason"].startswith("foreign does not listen on localhost:")
+    assert service.upgrade()["outcome"] == "up-to-date"
+
+
 def _free_addresses() -> list[str]:
     with closing(socket.socket()) as first, closing(socket.socket()) as second:
         for one in (first, second):

@@ -64,8 +64,12 @@ if MODE == "shuts the listener down":
     service.socket.shutdown(socket.SHUT_RDWR)
 if MODE in {"blocks the listener", "shuts the listener down"}:
     sys.exit(3)
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.connect("\0" + os.environ["NOTIFY_SOCKET"][1:])
+if MODE == "does not listen":
+    notify.send(b"READY=1\nX_SELF_UPDATE=1")
+    signal.pause()
 host, _, port = sys.argv[sys.argv.index("-upgrade-bind") + 1].rpartition(":")
 temporary = http.server.HTTPServer((host, int(port)), Handler)
-notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-notify.sendto(b"READY=1\nX_SELF_UPDATE=1", "\0" + os.environ["NOTIFY_SOCKET"][1:])
+notify.send(b"READY=1\nX_SELF_UPDATE=1")
 temporary.serve_forever()
