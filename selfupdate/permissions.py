@@ -41,7 +41,7 @@ def check(path: Path, *, is_secret: bool = False) -> None:
     path = path.absolute()
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
-        raise UnsafeError(path, "is a symbolic link", f"name the file that it points to, {path.resolve()}")
+        raise UnsafeError(path, "is a symbolic link", f"name the file that it points to, {os.path.realpath(path)}")
     if not stat.S_ISREG(status.st_mode):
         raise UnsafeError(path, "is not a regular file", "name a file")
     _check_owner(path, status)
@@ -70,7 +70,7 @@ def check_directory(path: Path) -> None:
 def _above(path: Path) -> Iterator[Path]:
     """Yield the directories above `path`, and above where it really is if links lead there."""
     yield from path.parents
-    real = path.resolve()
+    real = type(path)(os.path.realpath(path))  # which, other than resolve(), takes a loop of links
     if real != path:
         yield real
         yield from real.parents

@@ -7,7 +7,6 @@ replace it at any moment, and the copy does not change.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -209,8 +208,11 @@ class Store:
     def _keep(self, incoming: Path, sha256: str) -> Path:
         """Move the copy to the place of its digest, unless one is there; return its path there."""
         directory = self._root / sha256
-        with contextlib.suppress(OSError):  # the same content was there first
+        try:
             incoming.rename(directory)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:  # else the same content was there first
+                raise
         sync_directory(self._root)
         (path,) = directory.iterdir()
         return path

@@ -248,6 +248,8 @@ class Settings:
 
     def inheriting(self, trust: Mapping[str, str]) -> Settings:
         """Return these settings with the incumbent's for what concerns trust. Raises ValueError."""
+        if unknown := trust.keys() - _BY_NAME.keys():
+            raise ValueError(f"unknown: {', '.join(unknown)}")  # less would be checked than the incumbent checks
         own = {name: text for name, text in self.given.items() if _BY_NAME[name].concerns != _TRUST}
         given = {**own, **trust}
         values = {
@@ -284,6 +286,8 @@ def check(settings: Settings) -> None:
         raise UsageError("-allowed-signers and -keyring were both given; signatures are of one kind: give one of them")
     if (settings.keyring is None) != (settings.signer is None):
         raise UsageError("-keyring and -signer go together: the keys, and the fingerprints of those that may sign")
+    if settings.signer is not None and len(set(settings.signer)) < settings.signers_required:
+        raise UsageError(f"-signer names fewer keys than -signers-required, {settings.signers_required}")
     if settings.revoked_keys is not None and settings.allowed_signers is None:
         raise UsageError("-revoked-keys goes with -allowed-signers; for OpenPGP, revoke the key in the keyring")
     if settings.insecure_allow_unsigned and has_root:

@@ -99,21 +99,21 @@ def parse_allowed_signers(content: bytes) -> list[Key]:
 
     Raises TrustError with the number of the first line that is not as it must be.
     """
-    keys: list[Key] = []
+    keys: dict[bytes, Key] = {}
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             text = line.decode("ascii").strip(" \t\r")
             if not text or text.startswith("#"):
                 continue
             key = _parse_line(text)
-            if any(key.key == other.key for other in keys):
+            if key.key in keys:
                 raise _FaultError("the same key stands in an earlier line")
         except UnicodeDecodeError:
             why = "it has a byte that is not ASCII"
         except _FaultError as error:
             why = str(error)
         else:
-            keys.append(key)
+            keys[key.key] = key
             continue
         raise TrustError(
             f"the allowed-signers file has a fault in line {number}: {why}",
@@ -122,7 +122,7 @@ def parse_allowed_signers(content: bytes) -> list[Key]:
         )
     if not keys:
         raise TrustError("the allowed-signers file lists no key", "trust-empty", "add a line for each signer")
-    return keys
+    return list(keys.values())
 
 
 def _parse_line(text: str) -> Key:
@@ -201,9 +201,10 @@ def parse_public_keys(content: bytes) -> set[bytes]:
             continue
         try:
             key = base64.b64decode(words[1], validate=True)
-            if next(_strings(key)) != words[0]:
+            kind, *fields = _strings(key)
+            if kind != words[0] or not fields:
                 raise ValueError("not of the type that it says")
-        except (ValueError, IndexError, StopIteration):
+        except (ValueError, IndexError):
             raise ValueError(f"line {number} is not a public key") from None
         found.add(key)
     return found

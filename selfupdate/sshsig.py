@@ -8,6 +8,7 @@ it refuses. What was checked here is exactly what it gets.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from datetime import UTC, datetime
@@ -37,6 +38,8 @@ _MARK_OF_UTC = re.compile(rb'(valid-(?:after|before)="[0-9]+)Z"')
 _KRL_MAGIC = b"SSHKRL\n\0"
 _REFUSED = 255
 """The exit status of ssh-keygen for whatever is wrong with a signature."""
+_NOT_THE_FILE = (b"incorrect signature", b"invalid format")
+"""What it says then of a signature that is not one of this file."""
 _SIGN_FOR_THIS = "sign it for this product"
 _SIGN_WITH_ANOTHER = "sign it with a key that is valid"
 
@@ -171,12 +174,9 @@ class SshRoot:
         self._required = required
         self._verifier = verifier
         self._faults = {key.key: self._fault_of(key, time.time()) for key in keys}
-
-    @property
-    def state(self) -> bytes:
-        """All that a verdict depends on, besides the file and its signature."""
-        faults = [fault.code if fault else None for fault in self._faults.values()]
-        return repr((sorted(self._files.items()), self._namespace, self._required, faults)).encode()
+        codes = [fault.code if fault else None for fault in self._faults.values()]
+        self.state = hashlib.sha256(repr((sorted(files.items()), namespace, required, codes)).encode()).digest()
+        """The digest of all that a verdict depends on, besides the file and its signature."""
 
     def examine(self, signature: bytes, name: str) -> None:
         """Check a signature file as far as that goes without the signed file. Raises CandidateError."""
@@ -251,7 +251,7 @@ class SshRoot:
         is_good = said.startswith(good) and said.endswith(f" key {fingerprint(key.key)}\n") and said.count("\n") == 1
         if answer.status == 0 and is_good:
             return Signer(key.name, fingerprint(key.key))
-        if answer.status == _REFUSED:
+        if answer.status == _REFUSED and any(word in answer.stderr for word in _NOT_THE_FILE):
             raise CandidateError(
                 f"is not the file that {key.name} signed: it was altered, or copied badly",
                 "signature-mismatch",

@@ -160,6 +160,8 @@ def test_a_successor_does_not_choose_whom_it_trusts() -> None:
     assert inherited.trust == incumbent.trust == {"token-file": "t", "insecure-allow-unsigned": "true"}
     assert (inherited.allowed_signers, inherited.token_file, inherited.drain) == (None, Path("t"), 1.0)
     assert inherited.insecure_allow_unsigned
+    with pytest.raises(ValueError, match="unknown: more"):
+        own.inheriting({**incumbent.trust, "more": "than this version can check"})
 
 
 @pytest.mark.parametrize(
