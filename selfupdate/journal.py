@@ -245,6 +245,11 @@ class Journal:
         """Return the last upgrade or rollback that was committed: it says what runs, and what ran before."""
         return next((record for record in self.records() if record.outcome == "committed"), None)
 
+    def commit_of(self, sha256: str) -> Record | None:
+        """Return the upgrade by which the release `sha256` came to be committed, or None."""
+        upgrades = (record for record in self.records() if record.kind == "upgrade" and record.outcome == "committed")
+        return next((record for record in upgrades if record.sha256 == sha256), None)
+
     def signed(self, sha256: str | None) -> Record | None:
         """Return the last record that says who signed the release `sha256`, or None."""
         return next((record for record in self.records() if sha256 and record.sha256 == sha256 and record.signer), None)

@@ -19,6 +19,7 @@ import os
 import stat
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from selfupdate import permissions, signature
@@ -29,7 +30,6 @@ from selfupdate.verifier import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from selfupdate.journal import Record
     from selfupdate.releases import Copy, Store
@@ -120,6 +120,8 @@ class Trust:
         self._scheme = _scheme_of(settings, store, stop_fd)
         self._is_tested = False
         self._lock = threading.Lock()
+        self._glancing = threading.Lock()
+        self._last: Reading | TrustError | None = None
         self._verdicts: dict[tuple[str, str, bytes], list[Signer] | CandidateError] = {}
 
     def read(self) -> Reading:
@@ -149,23 +151,26 @@ class Trust:
         if release.copy.source is not None:
             self.read().verify(release.copy)
 
-    def recall(self, copy: Copy, commit: Record) -> Release:
-        """Return the release that `commit` says to go back to; `copy` has the content that was verified then."""
-        assert commit.from_sha256 == copy.sha256
+    def recall(self, copy: Copy, commit: Record | None) -> Release:
+        """Return the release to go back to. It was verified when it was committed, as `commit` says.
+
+        Without a commit it is the file that the service was started from at first. Raises CandidateError
+        where it was committed while signatures were not checked, and they are now.
+        """
+        if self._scheme is not None and commit is not None and not commit.signer:
+            raise CandidateError(f"{commit.to_version} was never verified", "signature-missing")
         return Release(copy, ())
 
     def as_json(self, running: Record | None) -> dict[str, Any]:
         """Return how things stand, for the status; `running` is the record of the running version's commit."""
         fault: TrustError | CandidateError | None = None
         signer: dict[str, Any] | None = None
-        try:
-            reading = self.read()
-        except TrustError as error:
-            fault = error
-        else:
-            if running is not None and running.signer:
-                faults = [found for key in running.signer_keys if (found := reading.fault_of(key))]
-                signer = {"name": running.signer, "reason": str(faults[0]) if faults else None}
+        reading = self._glance()
+        if isinstance(reading, TrustError):
+            fault = reading
+        elif reading is not None and running is not None and running.signer:
+            faults = [found for key in running.signer_keys if (found := reading.fault_of(key))]
+            signer = {"name": running.signer, "reason": str(faults[0]) if faults else None}
         return {
             "scheme": self._scheme.name if self._scheme else None,
             "checked": not self._settings.insecure_allow_unsigned,
@@ -174,6 +179,17 @@ class Trust:
             "remedy": fault.remedy if fault else None,
             "running": signer,
         }
+
+    def _glance(self) -> Reading | TrustError | None:
+        """Return what is read now, or, while somebody else reads, what was read last: nobody waits for a verifier."""
+        if self._glancing.acquire(blocking=False):
+            try:
+                self._last = self.read()
+            except TrustError as error:
+                self._last = error
+            finally:
+                self._glancing.release()
+        return self._last
 
     def warn(self) -> None:
         """Log that signatures are not checked, if they are not."""
@@ -197,9 +213,9 @@ class Trust:
     def _read(self, name: str, path: Path) -> bytes:
         code = "revocation-unreadable" if name == "revoked" else "trust-bad"
         try:
-            if path.resolve().is_relative_to(self._settings.upgrade_dir.resolve()):
-                raise TrustError(f"{path} is in the upgrade directory", "trust-permissions", "move it elsewhere")
             permissions.check(path)
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self._settings.upgrade_dir)):
+                raise TrustError(f"{path} is in the upgrade directory", "trust-permissions", "move it elsewhere")
             with path.open("rb") as file:
                 content = file.read(MAX_FILE + 1)
         except permissions.UnsafeError as error:

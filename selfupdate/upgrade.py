@@ -136,7 +136,8 @@ class Upgrader:
                 "There is no version to go back to: the one that runs is the first that this state directory knows."
             )
         try:
-            release = self._trust.recall(self._store.find(last.from_sha256), last)
+            commit = self._journal.commit_of(last.from_sha256)
+            release = self._trust.recall(self._store.find(last.from_sha256), commit)
         except CandidateError as error:
             raise NothingToRollBackToError(f"There is no version to go back to: {error}.") from None
         return Candidate(release.name, versions.parse(last.from_version), release)

@@ -93,9 +93,10 @@ class Service:
         )
         threading.Thread(target=self._read, daemon=True).start()
 
-    def restart(self) -> None:
-        """Start again what is on disk now, when no process is left."""
+    def restart(self, *flags: str) -> None:
+        """Start again what is on disk now, when no process is left; with other flags, if any are given."""
         self.lines.clear()
+        self._flags = flags or self._flags
         self._start()
 
     def survivor(self) -> Any:

@@ -259,3 +259,14 @@ def test_a_token_that_others_can_read(tmp_path: Path, mode: int) -> None:
         read_token(path)
     _mend(caught.value)
     assert read_token(path) == "x" * 32
+
+
+def test_a_loop_of_links(site: Site) -> None:
+    """Row 27. A path that leads to nothing turns upgrades off, and is no defect."""
+    (site.directory / "loop").symlink_to("loop")
+    site.allowed.unlink()
+    site.allowed.symlink_to("loop")
+    site.assert_off("trust-permissions")
+    site.allowed.unlink()
+    site.allowed = site.directory / "loop" / "signers"
+    site.assert_off("trust-bad")

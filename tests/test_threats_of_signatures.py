@@ -259,7 +259,19 @@ def test_a_revoked_key(site: Site, ssh: SshKeys, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing", "empty", "comments", "garbage", "binary", "directory", "cut-head", "cut-section", "cut-end"]
+    "fault",
+    [
+        "missing",
+        "empty",
+        "comments",
+        "garbage",
+        "binary",
+        "directory",
+        "cut-head",
+        "cut-section",
+        "cut-end",
+        "cut-text",
+    ],
 )
 def test_a_revocation_list_that_cannot_be_read(site: Site, ssh: SshKeys, fault: str) -> None:
     """Row 15. Where it cannot be known what is revoked, nothing runs: above all where the tool would pass it over."""
@@ -275,6 +287,7 @@ def test_a_revocation_list_that_cannot_be_read(site: Site, ssh: SshKeys, fault: 
             "cut-head": krl[:44],
             "cut-section": krl[:60],
             "cut-end": krl[:-1],
+            "cut-text": ssh.key("mallory").public[:32].encode(),
         }[fault]
         write(site.revoked, content)
     code = "trust-permissions" if fault == "directory" else "revocation-unreadable"
@@ -751,6 +764,24 @@ def test_the_way_back_when_the_signers_key_has_ended(
     assert _runs("1.1.0", service.get("/status"))
     refused = service.ask("POST", "/upgrade", {"name": "1.1.0"})
     assert (refused.status, refused.json["code"]) == (422, "key-revoked" if end == "revoked" else "key-expired")
+
+
+@pytest.mark.slow
+def test_the_way_back_to_what_was_never_verified(
+    site: Site, ssh: SshKeys, start: Callable[..., Service], programs: Programs
+) -> None:
+    """Row 71. What was committed while nothing was checked does not come back when something is."""
+    site.candidate.unlink()
+    service = start(*FLAGS)
+    for version in ("1.1.0", "1.2.0"):
+        _offer(service, programs.version(version), version, ssh.key("alice"))
+        assert service.upgrade()["outcome"] == "committed"
+        service.status_when(functools.partial(_runs, version))
+    service.stop()
+    service.restart("-allowed-signers", str(site.allowed), *FLAGS)
+    answer = service.ask("POST", "/rollback")
+    assert answer.status == 409
+    assert answer.json["detail"] == "There is no version to go back to: 1.1.0 was never verified."
 
 
 def _offer(service: Service, program: Path, name: str, signer: SshKey) -> None:
