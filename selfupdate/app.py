@@ -20,7 +20,7 @@ from selfupdate.errors import (
     StopRequestedError,
     UpgradeUnderWayError,
 )
-from selfupdate.journal import now
+from selfupdate.journal import KEPT, now
 from selfupdate.lifecycle import Lifecycle, Phase
 from selfupdate.messages import Request, Response, json_response, problem, refusal
 from selfupdate.settings import parse_duration
@@ -193,8 +193,11 @@ class App:
         # The answer is under way when this process stops accepting, and must be given while it drains.
         return min(wait, self._settings.drain)
 
-    def _upgrades(self, _: Request) -> Response:
-        return json_response({"upgrades": [record.as_json() for record in self._journal.records()]})
+    def _upgrades(self, request: Request) -> Response:
+        limit = request.query.get("limit", str(KEPT))
+        if not re.fullmatch("[0-9]{1,3}", limit):
+            raise _BadRequestError("limit takes the number of upgrades to list, the newest ones.")
+        return json_response({"upgrades": [record.as_json() for record in self._journal.records()[: int(limit)]]})
 
     def _record(self, request: Request) -> Response:
         upgrade_id = request.path.removeprefix("/upgrades/")
@@ -215,7 +218,7 @@ class App:
         return Response(200, body, content_type)
 
     def _refuse(self, error: SelfUpdateError) -> Response:
-        status = next(status for kind, status in _STATUS_OF_ERRORS.items() if isinstance(error, kind))
+        status = next((status for kind, status in _STATUS_OF_ERRORS.items() if isinstance(error, kind)), 500)
         if isinstance(error, UpgradeUnderWayError | ChoiceError) and error.upgrade_id:
             where = f"/upgrades/{error.upgrade_id}"
             return refusal(status, error, {"id": error.upgrade_id}, Location=where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -51,26 +52,35 @@ _SETTLED = b"\0"
 def run(arguments: Sequence[str]) -> int:
     """Run the service for a command line (without the program's name); return the exit status."""
     _open_missing_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
-        given = settings.parse(arguments, os.environ)
-        if given.help or given.version:
-            print(settings.usage() if given.help else __version__)
-            return 0
-        for command, is_asked_for in (
-            (Client.status, given.status),
-            (Client.apply, given.apply),
-            (Client.roll_back, given.rollback),
-        ):
-            if is_asked_for:
-                return command(Client(given))
-        if given.verify is not None:
-            settings.check(given)
-            return verify(given, given.verify)
-        return _Service(given).run()
+        return _run(arguments)
     except UsageError as error:
         return _fail(2, error)
     except SelfUpdateError as error:
         return _fail(1, error)
+    except KeyboardInterrupt:  # a command; the service takes it for a stop signal
+        return 128 + signal.SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    given = settings.parse(arguments, os.environ)
+    if given.help or given.version:
+        print(settings.usage() if given.help else __version__)
+        return 0
+    for command, is_asked_for in (
+        (Client.status, given.status),
+        (Client.apply, given.apply),
+        (Client.roll_back, given.rollback),
+    ):
+        if is_asked_for:
+            return command(Client(given))
+    if given.verify is not None:
+        settings.check(given)
+        return verify(given, given.verify)
+    return _Service(given).run()
 
 
 def _fail(status: int, error: SelfUpdateError) -> int:

@@ -127,7 +127,7 @@ async function look() {
     if (record) showRecord(record);
     if (!record || record.outcome !== null) following = null;
   }
-  const { upgrades } = await ask("/upgrades");
+  const { upgrades } = await ask("/upgrades?limit=50");
   showHistory(upgrades);
   try {
     showCandidates(await ask("/candidates"), following !== null);
