@@ -72,7 +72,7 @@ def judge(status: bytes, signers: Sequence[str], now: float) -> list[Signer]:
         raise _from_the_future()
     for word in _AGAINST:  # in the order of the table: what says most first
         if word in words:
-            key = next((line[2] for line in lines if line[1] == word and len(line) > 2), "")  # noqa: PLR2004
+            key = next((line[2] for line in lines if line[1] == word and len(line) > 2), "")  # noqa: PLR2004 - as above
             raise _refusal(word, shown(key, 64) if word in {"NO_PUBKEY", "ERRSIG"} else "")
     valid = [line[2:] for line in lines if line[1] == "VALIDSIG"]
     if not valid or not len(valid) == words.count("GOODSIG") == words.count("NEWSIG"):
