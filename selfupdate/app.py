@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from selfupdate.access import goes_by, is_from_here
 from selfupdate.errors import (
     ChoiceError,
+    HandedOverError,
     NoSuchCandidateError,
     NotEligibleError,
     NothingToRollBackToError,
@@ -23,6 +24,7 @@ from selfupdate.errors import (
 from selfupdate.journal import KEPT, now
 from selfupdate.lifecycle import Lifecycle, Phase
 from selfupdate.messages import Request, Response, json_response, problem, refusal
+from selfupdate.relay import relay
 from selfupdate.settings import parse_duration
 
 if TYPE_CHECKING:
@@ -130,7 +132,10 @@ class App:
         if method == "POST" and (refused := self._gate.refuse(request)):
             return refused
         try:
-            return route(request)
+            try:
+                return route(request)
+            except HandedOverError:
+                return relay(request, self._upgrader.bind, self._settings.drain)
         except _BadRequestError as error:
             return problem(400, str(error))
         except SelfUpdateError as error:

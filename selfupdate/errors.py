@@ -74,6 +74,10 @@ class NotNowError(SelfUpdateError):
     """The process starts no upgrade in its present phase: ask again later."""
 
 
+class HandedOverError(NotNowError):
+    """Another process serves now: ask that one."""
+
+
 class UpgradeUnderWayError(NotNowError):
     """An upgrade is under way already: look at that one."""
 

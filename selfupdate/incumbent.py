@@ -7,6 +7,7 @@ protocol alone passes neither, and its end is seen by its process.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import http
 import json
@@ -46,6 +47,7 @@ _THREADS = 2
 _MESSAGE_SIZE = 1 << 18
 _NO_HELLO = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading something else than an incumbent's first words can raise."""
+_LAST_WORDS = {"blessed", "dismissed"}
 _FROM_BROWSERS = ("origin", "referer", "cookie", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 
 
@@ -62,9 +64,11 @@ class Incumbent:
         self.installed: str | None = None
         self.trust: dict[str, str] | None = None
         """The text of each flag that concerns trust; None where nothing was said of it."""
+        self.pid = os.getppid()
+        self.comes_back = False
+        """Whether it is what this very process started, and hands back to it now."""
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
         self._channel: socket.socket | None = None
-        self._parent = os.getppid()
         self._streams: list[int] = []
         fd = environ.pop(HANDOVER_FD, None)
         if fd is None:
@@ -82,6 +86,8 @@ class Incumbent:
             self.installed = str(hello["installed"])
             self.trust = {str(name): str(text) for name, text in hello["trust"].items()}
             self._streams = [int(stream) for stream in hello["streams"]]
+            self.comes_back = bool(hello.get("comes_back"))
+            self.pid = int(hello["pid"]) if self.comes_back else self.pid
             for stream in self._streams:
                 os.set_inheritable(stream, False)
         except _NO_HELLO as error:
@@ -105,28 +111,40 @@ class Incumbent:
             os.close(stream)
         self._streams = []
 
+    def take_channel(self) -> socket.socket | None:
+        """Return the channel, in which this process is the incumbent from here on."""
+        channel, self._channel = self._channel, None
+        return channel
+
+    def close_channel(self) -> None:
+        """Have nothing more to say to it, and let it see that."""
+        if self._channel:
+            self._channel.close()
+            self._channel = None
+
     def announce(self, **fields: str) -> None:
         """Tell it how this process stands (sd_notify(3))."""
         notify.send(self._notify, **fields)
 
     def follow(self, on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
-        """Call `on_message` with all that it says, and `on_gone` once, when its process has ended."""
+        """Call `on_message` with all that it says; `on_gone` when its process has ended before its last word."""
         target = self._follow_process if self._channel is None else self._follow_channel
         threading.Thread(target=target, args=(on_message, on_gone), name="incumbent", daemon=True).start()
 
     def _follow_channel(self, on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
-        assert self._channel is not None
-        with self._channel:
-            try:
-                while message := self._channel.recv(_MESSAGE_SIZE):
-                    on_message(json.loads(message))
-            except ConnectionError:
-                pass  # it was killed with words of ours unread
+        channel = self._channel
+        assert channel is not None
+        with contextlib.suppress(ConnectionError):  # it was killed with words of ours unread
+            while received := channel.recv(_MESSAGE_SIZE):
+                message = json.loads(received)
+                on_message(message)
+                if message.keys() & _LAST_WORDS:  # what becomes of the channel now is the service's to say
+                    return
         on_gone()
 
     def _follow_process(self, _on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
         try:
-            fd = process.watch(self._parent)
+            fd = process.watch(self.pid)
         except ProcessLookupError:
             pass
         else:
@@ -170,7 +188,8 @@ class Standby:
         self._temporary.accept(listeners.bind(self._settings.upgrade_bind))
         self._incumbent.follow(self._take_message, self._incumbent_gone)
         shares = {"X_SELF_UPDATE": "1"} if self._inherited and not self._incumbent.is_plain else {}
-        self._incumbent.announce(READY="1", STATUS="standing by", **shares)
+        hands_back = {"X_SELF_UPDATE_HAND_BACK": "1"} if shares and not self._incumbent.comes_back else {}
+        self._incumbent.announce(READY="1", STATUS="standing by", **shares, **hands_back)
         _log.info("standing by", extra={"upgrade_bind": str(self._settings.upgrade_bind)})
 
     def end(self) -> None:
@@ -233,15 +252,18 @@ class Standby:
             self._journal.put(Record.from_json(message["record"]))
         elif "blessed" in message:
             self._own_journal()
-            self._settle(Event.BLESSED)
+            self._settle(Event.HAND_BACK if message.get("comes_back") else Event.BLESSED)
+        elif "dismissed" in message:
+            self._settle(Event.DISMISSED)
 
     def _incumbent_gone(self) -> None:
         with self._lock:
             if self._lifecycle.phase not in {Phase.STANDBY, Phase.TRIAL}:
                 return
             _log.warning("the incumbent has gone without a blessing", extra={"phase": self._lifecycle.phase})
-            on_trial = self._lifecycle.phase is Phase.TRIAL
-            if on_trial:
+            if self._incumbent.comes_back and self._lifecycle.phase is Phase.STANDBY:
+                self._take_over()  # nobody else would serve
+            if self._lifecycle.phase is Phase.TRIAL:
                 self._own_journal()
                 self._inherit_upgrade()
             self._settle(Event.ORPHANED)

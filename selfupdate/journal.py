@@ -80,6 +80,8 @@ class Record:
     """Whether that file was replaced; None until that was tried."""
     not_installed: str | None = None
     """Why it was not."""
+    pid_not_kept: str | None = None
+    """Why the service has another process id since, where it was to keep its own."""
     signer: str | None = None
     """Who signed the release, in words; None where nobody did."""
     signer_keys: tuple[str, ...] = ()
@@ -116,6 +118,7 @@ class Record:
             "program": self.program,
             "installed": self.installed,
             "not_installed": self.not_installed,
+            "pid_not_kept": self.pid_not_kept,
             "signer": self.signer,
             "signer_keys": list(self.signer_keys),
             "code": self.code,

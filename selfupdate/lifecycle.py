@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import enum
 import threading
+from typing import TYPE_CHECKING
 
 from selfupdate.errors import IllegalTransitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 class Phase(enum.StrEnum):
@@ -63,6 +67,10 @@ class Event(enum.StrEnum):
     """Everything is as it was before the upgrade."""
     REPLACE = "replace"
     """The incumbent asked the successor to accept on the service's address."""
+    HAND_BACK = "hand-back"
+    """The successor is there to stay, and the process that it came from is about to become the same version."""
+    DISMISSED = "dismissed"
+    """The process that this one was to take over from serves on."""
     ORPHANED = "orphaned"
     """The incumbent died without a blessing."""
     STOP = "stop"
@@ -122,11 +130,15 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     Phase.STANDBY: {
         Event.REPLACE: Phase.TRIAL,
         Event.ORPHANED: Phase.RETIRED,
+        Event.DISMISSED: Phase.RETIRED,
         Event.STOP: Phase.STOPPING,
     },
     Phase.TRIAL: {
         Event.BLESSED: Phase.RUNNING,
         Event.ORPHANED: Phase.RUNNING,
+        # Under its original process id: as incumbent of the process that becomes the same version.
+        Event.HAND_BACK: Phase.STARTING,
+        Event.DISMISSED: Phase.RETIRED,
         Event.STOP: Phase.STOPPING,
     },
     # The end of either.
@@ -163,7 +175,7 @@ class Lifecycle:
             self._changed.notify_all()
             return self._phase
 
-    def wait_while(self, phase: Phase, timeout: float) -> None:
-        """Wait until the process has left `phase`, at most `timeout` seconds."""
+    def wait_for(self, phases: Collection[Phase], timeout: float) -> None:
+        """Wait until the process is in one of `phases`, at most `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._phase is not phase, timeout)
+            self._changed.wait_for(lambda: self._phase in phases, timeout)

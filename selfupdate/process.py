@@ -24,17 +24,20 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from selfupdate.errors import StopRequestedError
 from selfupdate.listener import FIRST_FD
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 STARTING = threading.Lock()
 """Held while a child is between fork and exec, and while a file to be executed is closed."""
+
+_children: set[int] = set()
+"""The children that somebody here waits for."""
 
 LEFTOVER_TIME = 0.2
 """Seconds from a child's end to that of its output; longer means that another process holds it."""
@@ -88,22 +91,65 @@ def watch(pid: int) -> int:
     return os.pidfd_open(pid)
 
 
-class Process:
+class Watched:
+    """A process whose end the kernel tells."""
+
+    def __init__(self, pid: int) -> None:
+        """Watch the process `pid`. Raises OSError."""
+        self.pid = pid
+        self.exit_fd = watch(pid)
+
+    def wait(self, deadline: float) -> bool:
+        """Wait until it has ended; tell whether it has."""
+        return bool(ready([self.exit_fd], deadline))
+
+    def forget(self) -> None:
+        """Watch it no more, and let it be."""
+        if self.exit_fd >= 0:
+            os.close(self.exit_fd)
+            self.exit_fd = -1
+
+
+class Parent(Watched):
+    """The process that started this one: it can be watched and ended, and is another's to reap."""
+
+    def __init__(self, pid: int) -> None:
+        """Watch `pid`, which this process was started by. Raises ProcessLookupError where that has ended."""
+        super().__init__(pid)
+        if os.getppid() != pid:  # looked at while it is watched: the number can't have gone to a stranger
+            self.forget()
+            raise ProcessLookupError(pid)
+
+    def terminate(self) -> None:
+        """Tell it to leave."""
+        self._signal("SIGTERM")
+
+    def kill(self) -> None:
+        """End it."""
+        self._signal("SIGKILL")
+
+    def _signal(self, name: str) -> None:
+        if sys.platform == "linux":
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.exit_fd, signal.Signals[name])
+
+
+class Process(Watched):
     """A child that leads a process group."""
 
     def __init__(self, pid: int, mark: str = "") -> None:
         """Watch the child `pid`, which has not been reaped; `mark` is in its environment alone."""
-        self.pid = pid
+        super().__init__(pid)
+        _children.add(pid)
         self.has_left_strays = False
         """Whether a process of a session of its own had to be killed, too."""
         self._mark = mark.encode()
-        self.exit_fd = watch(pid)
         self.status: int | None = None
         """The exit status, negative for a signal, or None while it is not reaped."""
 
     def wait(self, deadline: float) -> bool:
         """Wait until the child has ended; tell whether it has."""
-        return self.status is not None or bool(ready([self.exit_fd], deadline))
+        return self.status is not None or super().wait(deadline)
 
     def terminate(self) -> None:
         """Tell the group to leave."""
@@ -120,6 +166,7 @@ class Process:
             self._kill_strays()
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             self.forget()
+            reap_strangers()  # behind this one there may be others: see there
         assert self.status is not None
         return self.status
 
@@ -160,15 +207,30 @@ class Process:
         return True
 
     def forget(self) -> None:
-        """Watch the child no more, and let it be."""
-        if self.exit_fd >= 0:
-            os.close(self.exit_fd)
-            self.exit_fd = -1
+        """Watch the child no more, and let it be: its end is a stranger's."""
+        super().forget()
+        _children.discard(self.pid)
 
     def _signal(self, number: int) -> None:
         if self.status is None and sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
+
+
+def reap_strangers() -> None:
+    """Reap the children that have ended and are nobody's here.
+
+    They were started by what this process was before it executed a release (`become`), or they came to the
+    init of a container when they lost their parent. The kernel shows one child that has ended at a time: where
+    that is one of those that are waited for, who waits for it looks again behind it.
+    """
+    if sys.platform != "linux":
+        return
+    with STARTING, contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid in _children:
+                return
+            os.waitpid(found.si_pid, 0)
 
 
 def _pids_since(pid: int) -> list[int]:
@@ -206,32 +268,71 @@ def spawn(  # noqa: PLR0913 - what a child gets, each with its name
     """
     if sys.platform != "linux":
         raise OSError("passing descriptors needs Linux")
-    import fcntl  # noqa: PLC0415 - POSIX only
-
     environ = dict(environ)
     command = list(arguments)
     if listeners:
         environ["LISTEN_FDS"] = str(listeners)
         command = ["/bin/sh", "-c", _WITH_PID, *arguments]
     places = {**dict(enumerate(fds, FIRST_FD)), **(streams or {})}
+    with _copied(places) as high, STARTING:
+        pid = os.posix_spawn(
+            command[0],
+            command,
+            environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in high.items()],
+            setpgroup=0,
+            setsigmask=blocked,
+            setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
+        )
+        return Process(pid, mark)
+
+
+def become(arguments: Sequence[str], environ: Mapping[str, str], fds: Sequence[int], *, listeners: int) -> NoReturn:
+    """Execute `arguments` in place of this process, which keeps its id.
+
+    It has `fds` as its descriptors 3, 4, … of which the first are `listeners` sockets. All else that is open is
+    closed and every thread ends, so nothing may be under way any more. Signals that are blocked stay so, and one
+    that comes meanwhile waits (execve(2)). Raises OSError, with everything as it was.
+    """
+    places = dict(enumerate(fds, FIRST_FD))
+    environ = {**environ, "LISTEN_FDS": str(listeners), "LISTEN_PID": str(os.getpid())}
+    with _copied(places) as high, _copied({place: place for place in places if _is_open(place)}) as before, STARTING:
+        try:
+            for place, fd in high.items():
+                os.dup2(fd, place)
+            os.execve(arguments[0], list(arguments), environ)  # noqa: S606 - no shell is the point
+        except OSError:
+            for place in places:
+                if place in before:
+                    os.dup2(before[place], place, inheritable=False)
+                else:
+                    os.close(place)
+            raise
+
+
+@contextlib.contextmanager
+def _copied(places: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    """Copy the descriptors that are to come to `places` to where none of those is, for as long as it takes."""
+    if sys.platform != "linux":
+        raise OSError("passing descriptors needs Linux")
+    import fcntl  # noqa: PLC0415 - POSIX only
+
     high: dict[int, int] = {}
     try:
         for place, fd in places.items():
             high[place] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
-        with STARTING:
-            pid = os.posix_spawn(
-                command[0],
-                command,
-                environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, place) for place, fd in high.items()],
-                setpgroup=0,
-                setsigmask=blocked,
-                setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGPIPE),
-            )
+        yield high
     finally:
         for fd in high.values():
             os.close(fd)
-    return Process(pid, mark)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 class Guard:
@@ -327,7 +428,7 @@ def capture(  # noqa: PLR0913 - each bound, and each descriptor, has its name
             start_new_session=True,
             umask=0o077,
         )
-    process = Process(child.pid, mark)
+        process = Process(child.pid, mark)
     try:
         _allow_no_core(child.pid)
         stdout, stderr = _read(process, child, time.monotonic() + time_limit, size_limit, stop_fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -11,7 +12,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from selfupdate import __version__, log, program, settings, versions
+from selfupdate import __version__, log, process, program, settings, signals, versions
 from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
 from selfupdate.app import App
@@ -28,10 +29,12 @@ from selfupdate.errors import (
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.original import accompany
 from selfupdate.program import Program
 from selfupdate.recovery import recover, settle
 from selfupdate.releases import Store
 from selfupdate.server import Server
+from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
 from selfupdate.trust import Trust
 from selfupdate.upgrade import Upgrader
@@ -41,12 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from selfupdate.messages import Request, Response
+    from selfupdate.original import Comeback
     from selfupdate.settings import Settings
 
 _log = logging.getLogger(__name__)
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SETTLED = b"\0"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -99,9 +100,7 @@ def _open_missing_streams() -> None:
 
 class _Service:
     def __init__(self, given: Settings) -> None:
-        self._wake_out, self._wake_in = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._listen_to_signals()
+        self._signals = Signals()
         self._incumbent = Incumbent(os.environ) if given.upgrade else None
         self._settings = given = self._with_trust(given)
         settings.check(given)
@@ -121,7 +120,7 @@ class _Service:
         self._trust = Trust(given, self._store, self._stop_out.fileno())
         self._compose()
         self._standby: Standby | None = None
-        self._has_served = False
+        self._listeners: list[socket.socket] = []
 
     def _compose(self) -> None:
         """Put together what answers and what upgrades, of the nouns that are there."""
@@ -151,8 +150,8 @@ class _Service:
             server=self._server,
             stop=(self._stop_out, self._stop_in),
             lock_fd=self._state.lock_fd,
-            on_retired=lambda: self._wake(_SETTLED),
-            on_stop=lambda: self._wake(bytes([signal.SIGTERM])),
+            on_retired=self._signals.wake,
+            on_stop=lambda: self._signals.wake(signals.STOP),
         )
         self._app = App(
             program=self._program,
@@ -186,7 +185,7 @@ class _Service:
                 inherited=self._inherited,
                 health=self._app.health,
                 accept=self._accept,
-                on_settled=lambda: self._wake(_SETTLED),
+                on_settled=self._signals.wake,
             )
             self._standby.begin()
         else:
@@ -197,21 +196,66 @@ class _Service:
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
+        self._signals.listen()
         while True:
-            word = self._wake_out.recv(1)
-            if word != _SETTLED:
-                return self._stop(signal.Signals(word[0]))
-            if self._standby:
-                self._standby.end()
-                self._standby = None
-            if self._lifecycle.phase is Phase.RUNNING:
-                if self._incumbent:
-                    self._incumbent.take_streams()
-                self._begin_to_own()
+            word = self._signals.next()
+            assert word is not None
+            if word != signals.SETTLED:
+                return self._stop(word)
             if self._lifecycle.phase is Phase.RETIRED:
-                self._server.close(0)
-                _log.info("retired")
-                return 0
+                return self._retire()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Go on as what this process has become: the service, which may be about to hand back."""
+        if self._standby is None or self._incumbent is None:
+            return
+        self._standby.end()
+        self._standby = None
+        self._incumbent.take_streams()
+        self._begin_to_own()
+        if self._lifecycle.phase is Phase.STARTING:
+            channel = self._incumbent.take_channel()
+            assert channel is not None
+            self._upgrader.hand_back(channel, self._incumbent.pid)
+        else:
+            self._incumbent.close_channel()
+
+    def _retire(self) -> int:
+        """Leave the service to the process that took over, or become it; return the exit status."""
+        if self._standby:
+            self._standby.end()
+        if self._upgrader.comeback:
+            return self._come_back(self._upgrader.comeback)
+        is_dismissed = self._incumbent is not None and self._incumbent.comes_back and self._standby is not None
+        if is_dismissed:
+            self._server.pause(self._settings.drain)
+            self._server.wait_until_empty()
+        self._server.close(0)
+        _log.info("retired")
+        if is_dismissed:
+            assert self._incumbent is not None
+            self._incumbent.close_channel()
+            return accompany(process.Process(self._incumbent.pid), self._signals)
+        return 0
+
+    def _come_back(self, comeback: Comeback) -> int:
+        """Execute the release that serves now; where that fails, stay with it as the process that is known."""
+        with contextlib.ExitStack() as kept:
+            listeners = [kept.enter_context(listener.dup()).fileno() for listener in self._listeners]
+            self._server.close(0)
+            self._signals.block()
+            while (word := self._signals.next(0)) is not None:
+                if word != signals.SETTLED:
+                    return self._stop(word)
+            _log.info("becomes the new version", extra={"release": comeback.command[0]})
+            sys.stdout.flush()
+            try:
+                comeback.execute(os.environ, listeners, self._state.lock_fd)
+            except OSError as error:
+                _log.error("cannot become the new version", extra={"reason": error.strerror})
+                comeback.give_up(error)
+        return accompany(comeback.successor, self._signals)
 
     def _check_reach(self) -> None:
         """Refuse to serve others with less than `-bind` would ask for. Raises StartError."""
@@ -226,7 +270,7 @@ class _Service:
 
     def _accept(self, listener: socket.socket) -> None:
         self._upgrader.serve_on(listener)
-        self._has_served = True
+        self._listeners = [listener]
         self._server.accept(listener)
         self._state.sign(str(self._upgrader.bind))
         _log.info("serving", extra={"bind": str(self._upgrader.bind)})
@@ -315,10 +359,10 @@ class _Service:
         found |= {newest.sha256} if newest else set()  # under way, or failed and looked into
         return {sha256 for sha256 in found if sha256}
 
-    def _stop(self, number: signal.Signals) -> int:
+    def _stop(self, word: int) -> int:
         """End an upgrade, then finish what is under way."""
         self._server.end_connections()
-        _log.info("stopping", extra={"signal": number.name})
+        _log.info("stopping", extra={"signal": signal.Signals(word).name})
         if self._incumbent and self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL}:
             self._incumbent.announce(STOPPING="1", X_SELF_UPDATE_STOP="1")
         self._upgrader.stop()
@@ -329,20 +373,24 @@ class _Service:
         if self._standby:
             self._standby.end()
         self._server.close(self._settings.drain)
-        if self._lifecycle.phase is Phase.STOPPING and self._has_served:
+        if self._lifecycle.phase is Phase.STOPPING and self._listeners:
             listeners.remove(self._settings.bind)
         if self._lifecycle.phase is Phase.STOPPING:
             self._lifecycle.step(Event.STOPPED)
         _log.info("stopped")
-        return 0
+        return self._see_off()
 
-    def _listen_to_signals(self) -> None:
-        signal.set_wakeup_fd(self._wake_in.fileno(), warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)  # the wake-up descriptor carries the number
-
-    def _wake(self, word: bytes) -> None:
-        self._wake_in.send(word)
+    def _see_off(self) -> int:
+        """Wait for the end of the other process, where this one is the one that is known: the last to leave."""
+        comeback = self._upgrader.comeback
+        serving = comeback.successor if comeback else None
+        if serving is None and self._standby and self._incumbent and self._incumbent.comes_back:
+            with contextlib.suppress(OSError):
+                serving = process.Process(self._incumbent.pid)
+        if serving is None:
+            return 0
+        os.kill(serving.pid, signal.SIGTERM)
+        return accompany(serving, self._signals)
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:

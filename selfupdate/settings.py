@@ -131,6 +131,7 @@ FLAGS = (
     Flag("standby", "30s", parse_duration, _DURATION, "how long a successor may take until it stands by"),
     Flag("probation", "10s", parse_duration, _DURATION, "how long a successor is watched before it is there to stay"),
     Flag("drain", "30s", parse_duration, _DURATION, "how long requests under way may take to end"),
+    Flag("keep-pid", "true", _switch, _BOOLEAN, "have the new version serve under this process's id (Linux)"),
     Flag("allow", None, parse_specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
     Flag("allowed-hosts", None, _hosts, "host names with commas between", "names that clients may call the service by"),
     Flag("allowed-signers", None, _path, _FILE, "whose SSH signatures count (ssh-keygen(1))", _TRUST),
@@ -215,6 +216,7 @@ class Settings:
     standby: float
     probation: float
     drain: float
+    keep_pid: bool
     allow: SpecifierSet | None
     allowed_hosts: frozenset[str] | None
     allowed_signers: Path | None

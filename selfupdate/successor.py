@@ -1,15 +1,11 @@
-"""What an incumbent knows of its successor, and the only place that starts one.
+"""What an incumbent knows of its successor, from its standing by to the blessing or the end.
 
-Towards its successor the incumbent plays the service manager: it passes the
-listening socket (sd_listen_fds(3)), takes readiness (sd_notify(3)), and keeps a
-channel open, on which the successor learns what is nobody else's business and,
-by the channel's end, that the incumbent has gone.
+Towards its successor the incumbent plays the service manager: it takes readiness
+(sd_notify(3)), and keeps a channel open, on which the successor learns what is
+nobody else's business and, by the channel's end, that the incumbent has gone.
 
 A successor that says `X_SELF_UPDATE=1` serves on the socket that it inherited:
-the full protocol. Any other is a plain one, which wants to bind the address by
-itself; it can't while it holds a copy of the listening socket without knowing,
-so it is started once more without it. Until then nothing has happened to the
-service, and a plain successor does nothing before it is asked to.
+the full protocol. Any other is a plain one, which binds the address by itself.
 
 Each wait is for all that can happen at once: what it waits for, the successor's
 words, its death, and a stop. Only what can't announce itself is looked at again
@@ -22,37 +18,32 @@ import errno
 import http.client
 import io
 import json
-import logging
 import os
 import secrets
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import process, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
-from selfupdate.listener import FIRST_FD, Address, connect, owners_of
-from selfupdate.notify import Receiver
-from selfupdate.transcript import STREAMS, Transcript
+from selfupdate.listener import Address, connect, owners_of
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping
 
     from _typeshed import WriteableBuffer
 
     from selfupdate.journal import Record
+    from selfupdate.notify import Receiver
     from selfupdate.settings import Settings
-    from selfupdate.trust import Release
-
-_log = logging.getLogger(__name__)
 
 HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
 """The variable that names the channel's descriptor in the successor."""
 
-_ANSWER_SIZE = 65536
-_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
-"""Errors of starting a process that are no fault of the program."""
+ANSWER_SIZE = 65536
+
+
 _OUR_MANAGERS = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 """Variables by which this process's own service manager speaks to it, and to no child."""
 
@@ -85,77 +76,36 @@ class _Answer(io.RawIOBase):
 
 
 class Successor:
-    """A running successor, from its start to the blessing or the end."""
+    """A running successor, from its standing by to the blessing or the end."""
 
-    def __init__(
-        self, release: Release, version: str, settings: Settings, bind: Address, upgrade_bind: Address
-    ) -> None:
-        """Prepare to start `release`, which said that it is `version`, for the addresses given."""
+    announces_itself = False
+    """Whether it is known that it does, and need not be looked for."""
+
+    def __init__(self, version: str, settings: Settings, bind: Address, upgrade_bind: Address) -> None:
+        """Prepare for one that is `version`, and stands by at `upgrade_bind` to serve on `bind`."""
         self.shares_listener = False
         """Whether it serves on the inherited socket."""
-        self._name = release.name
-        self._command = release.command("-upgrade", "true", "-upgrade-bind", str(upgrade_bind), "-bind", str(bind))
+        self.can_hand_back = False
+        """Whether this process can become it: it would hand over to that, and leave."""
         self._version = version
         self._settings = settings
         self._limits = settings.limits
         self._bind = bind
         self._upgrade_bind = upgrade_bind
         self._secret = secrets.token_urlsafe(32)
-        self._process: process.Process | None = None
+        self._process: process.Process | process.Parent | None = None
         self._channel: socket.socket | None = None
-        self._guard: process.Guard | None = None
-        self._transcript: Transcript | None = None
+        self._notifications: Receiver
+        self._stop_fd: int
+        self._standby_time = settings.standby
         self._is_ready = False
         self._announces_until: float | None = None
         self._is_deaf = False
 
-    def start(
-        self,
-        listener: socket.socket | None,
-        lock_fd: int,
-        hello: Mapping[str, object],
-        environ: Mapping[str, str],
-        stop_fd: int,
-    ) -> None:
-        """Start it; with `listener`, as a successor that may share it. Raises SuccessorError or UpgradeError.
-
-        It holds the lock `lock_fd`, too, and is told `hello` first. A wait ends with StopRequestedError
-        when `stop_fd` becomes readable.
-        """
-        self._stop_fd = stop_fd
-        try:
-            self._notifications = Receiver()
-            self._channel, theirs = _channel()
-            self._transcript = Transcript()
-        except OSError as error:
-            raise UpgradeError(f"this machine cannot start a successor: {error}") from error
-        self._channel.settimeout(self._limits.announce_time)
-        listeners = [listener.fileno()] if listener else []
-        passed = [*listeners, theirs.fileno(), lock_fd, *STREAMS]
-        channel, lock, *streams = range(FIRST_FD + len(listeners), FIRST_FD + len(passed))
-        self._tell({**hello, "secret": self._secret, "lock": lock, "streams": streams})
-        environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
-        environ |= self._settings.environment()
-        environ |= {"NOTIFY_SOCKET": self._notifications.address, HANDOVER_FD: str(channel)}
-        mark = f"NOTIFY_SOCKET={self._notifications.address}"
-        if listeners:
-            environ["LISTEN_FDNAMES"] = "http"
-        try:
-            self._process = process.spawn(
-                self._command, environ, passed, listeners=len(listeners), streams=self._transcript.writers, mark=mark
-            )
-            self._guard = process.Guard(self._process.pid, self._transcript.readers)
-        except OSError as error:
-            kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError
-            raise kind(f"{self._name} cannot be executed: {error.strerror}", "cannot-execute") from error
-        finally:
-            theirs.close()
-            self._transcript.close_writers()
-
     @property
     def log(self) -> str | None:
-        """The end of what it wrote; None where it was not started."""
-        return self._transcript.text if self._transcript else None
+        """The end of what it wrote; None where that is not known."""
+        return None
 
     @property
     def pid(self) -> int:
@@ -163,16 +113,23 @@ class Successor:
         assert self._process is not None
         return self._process.pid
 
+    def _ending(self) -> str:
+        """Return how it ended, in words."""
+        return "ended"
+
     def wait_for_standby(self) -> None:
         """Wait until it stands by, then say by `shares_listener` of which kind it is.
 
         Raises SuccessorError where it ends or is not there in time.
         """
         doing = "before it stood by"
-        deadline = time.monotonic() + self._settings.standby
+        deadline = time.monotonic() + self._standby_time
         while not self._is_ready:
             if time.monotonic() >= deadline:
-                raise SuccessorError(f"did not stand by within {self._settings.standby:g} s", "handover-timeout")
+                raise SuccessorError(f"did not stand by within {self._standby_time:g} s", "handover-timeout")
+            if self.announces_itself:
+                self.wait(deadline, doing)
+                continue
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), doing)
             if self._is_plain(deadline, doing):
                 break
@@ -225,8 +182,6 @@ class Successor:
 
     def replace(self) -> None:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
-        if self._guard:
-            self._guard.release()
         doing = "when it was to take over"
         self._check_owner(self._upgrade_bind, "-upgrade-bind", doing)  # again, since now it is told the secret
         deadline = time.monotonic() + self._limits.replace_time
@@ -263,10 +218,6 @@ class Successor:
     def bless(self) -> None:
         """Tell it that it is there to stay, and let go of it."""
         self._tell({"blessed": True})
-        if self._transcript and self._guard:
-            self._transcript.leave(process.LEFTOVER_TIME)
-            self._guard.leave()
-            self._guard = None
         self._forget()
 
     def terminate(self) -> None:
@@ -275,16 +226,8 @@ class Successor:
             self._process.terminate()
 
     def end(self, grace: float) -> None:
-        """Let it leave within `grace` seconds, and kill what is left of its process group."""
-        if self._process:
-            status = self._process.end(grace)
-            _log.info("the successor %s", process.ending(status), extra={"successor": self.pid})
-        if self._guard:
-            self._guard.end()
-            self._guard = None
-        if self._transcript:
-            self._transcript.end(process.LEFTOVER_TIME)
-        self._forget()
+        """Let it leave within `grace` seconds, or see to it that it does."""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         if self._channel:
@@ -318,7 +261,7 @@ class Successor:
             if fd in ready and not is_late:
                 return True
             if self._process.exit_fd in ready:
-                raise SuccessorError(f"{process.ending(self._process.end(0))} {doing}", "handover-died")
+                raise SuccessorError(f"{self._ending()} {doing}", "handover-died")
             if is_late or (fd is None and self._is_ready):
                 return False
         return False
@@ -327,8 +270,12 @@ class Successor:
         while (fields := self._notifications.receive(self.pid)) is not None:
             if fields.get("X_SELF_UPDATE_STOP") == "1":
                 raise StopRequestedError("a stop signal arrived at the successor")
+            if "ERRNO" in fields:  # sd_notify(3)
+                raise SuccessorError(f"failed: {_error_text(fields['ERRNO'])}", "handover-failed")
             if fields.get("X_SELF_UPDATE") == "1":
                 self.shares_listener = True
+            if fields.get("X_SELF_UPDATE_HAND_BACK") == "1":
+                self.can_hand_back = True
             if fields.get("READY") == "1":
                 self._is_ready = True
 
@@ -379,7 +326,7 @@ class Successor:
                 connection.setblocking(False)
                 response = http.client.HTTPResponse(_Answer(self, connection, deadline, doing), method="GET")  # type: ignore[arg-type]
                 response.begin()
-                body = response.read(_ANSWER_SIZE)
+                body = response.read(ANSWER_SIZE)
         except TimeoutError:
             raise _NoAnswerError(f"did not answer GET {path} {doing} in time", "handover-timeout") from None
         except (OSError, http.client.HTTPException) as error:
@@ -393,11 +340,11 @@ class Successor:
         return response.status, value if isinstance(value, dict) else {}
 
 
-def _channel() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of a channel of messages.
+def environment(settings: Settings, environ: Mapping[str, str], notify_address: str, channel: int) -> dict[str, str]:
+    """Return what a successor gets for its environment: this process's, and how it speaks to its incumbent."""
+    environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
+    return {**environ, **settings.environment(), "NOTIFY_SOCKET": notify_address, HANDOVER_FD: str(channel)}
 
-    Not of bytes: a message that does not fit is dropped whole, and never cut.
-    """
-    if sys.platform == "win32":
-        raise OSError("inheriting a channel needs POSIX")
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+def _error_text(number: str) -> str:
+    return os.strerror(int(number)) if number.isascii() and number.isdigit() else "it did not say why"

@@ -10,6 +10,7 @@ still have requests to answer.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from selfupdate import listener as listeners
 from selfupdate import signature, versions
 from selfupdate.candidates import Candidate
+from selfupdate.child import Child
 from selfupdate.errors import (
     CandidateError,
     ChoiceError,
+    HandedOverError,
     IllegalTransitionError,
     NotEligibleError,
     NothingToRollBackToError,
@@ -35,9 +38,9 @@ from selfupdate.errors import (
 )
 from selfupdate.journal import now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.original import Comeback, Original
 from selfupdate.process import ready
 from selfupdate.recovery import settle
-from selfupdate.successor import Successor
 
 if TYPE_CHECKING:
     import socket
@@ -50,11 +53,13 @@ if TYPE_CHECKING:
     from selfupdate.releases import Store
     from selfupdate.server import Server
     from selfupdate.settings import Settings
+    from selfupdate.successor import Successor
     from selfupdate.trust import Trust
 
 _log = logging.getLogger(__name__)
 
 
+_SETTLED = {Phase.RUNNING, Phase.STOPPING, Phase.RETIRED}
 _WAY_BACK = {Event.FAILED, Event.REVERTED, Event.STOP}
 
 
@@ -97,6 +102,8 @@ class Upgrader:
         self._bind = settings.bind
         self._listener: socket.socket | None = None
         self._successor: Successor | None = None
+        self.comeback: Comeback | None = None
+        """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
         self._claim_lock = threading.Lock()
         self.is_stopping = False
         self._idle = threading.Event()
@@ -169,24 +176,36 @@ class Upgrader:
         self._stop_in.send(b"\0")
         self._idle.wait()
 
+    def hand_back(self, channel: socket.socket, original: int) -> None:
+        """Begin to hand over to the process `original`, which this one came from, and which becomes this version."""
+        self._idle.clear()
+        successor = Original(channel, original, self._program.version, self._settings, self._bind)
+        threading.Thread(target=self._drive_back, args=(successor,), name="hand-back", daemon=True).start()
+
     def _claim(self, kind: str, **fields: Any) -> Record:
+        self._wait_for_handover()
         with self._claim_lock:
             if self.is_stopping:
                 raise NotNowError("The service is stopping: ask again when it has started.")
             current = self._journal.current()
-            if current is None:  # a trial that has been committed ends as soon as the incumbent's word arrives
-                self._lifecycle.wait_while(Phase.TRIAL, self._settings.limits.replace_time)
             try:
                 phase = self._lifecycle.step(Event.UPGRADE)
             except IllegalTransitionError as error:
                 current = current or self._journal.current()
                 if current is not None:
                     raise UpgradeUnderWayError(current.id) from None
+                if error.phase == Phase.RETIRED and self.comeback is None:
+                    raise HandedOverError("Another process serves now: ask again, over a new connection.") from None
                 raise NotNowError(f"This process is {error.phase}: ask again, over a new connection.") from None
             self._idle.clear()
             self._successor = None
             origin = self._program.sha256
             return self._journal.begin(self._program.version, phase, kind=kind, from_sha256=origin, **fields)
+
+    def _wait_for_handover(self) -> None:
+        """Wait for what follows a commit at once: the incumbent's word, and the return to the original process."""
+        if self._lifecycle.phase is not Phase.CHOOSING and self._journal.current() is None:
+            self._lifecycle.wait_for(_SETTLED, self._settings.limits.replace_time)
 
     def _drive(self, upgrade_id: str, candidate: Candidate) -> None:
         """Go through the upgrade, and decide what becomes of a failure."""
@@ -195,9 +214,48 @@ class Upgrader:
         except BaseException as error:  # noqa: BLE001 - whatever it was, the service must serve on
             self._fail(upgrade_id, error)
             return
+        self._retire()
+
+    def _retire(self) -> None:
+        """Let requests under way end; the successor serves."""
         self._idle.set()
         self._server.wait_until_empty()
         self._on_retired()
+
+    def _drive_back(self, original: Original) -> None:
+        """Hand over to the original process, or serve on as the process that this one is."""
+        self._successor = original
+        try:
+            original.call(self._hello(self._generation, self._program.sha256), 1, self._stop_out.fileno())
+            original.wait_for_standby()
+            self._pass_on(original, self._lifecycle.step, probation=0)  # this release has passed its trial
+            self._lifecycle.step(Event.BLESSED)
+            original.bless()
+        except StopRequestedError as error:
+            self._stop_both(None, error)
+        except BaseException as error:  # noqa: BLE001 - as in _drive
+            self._serve_on(original, error)
+        else:
+            self._retire()
+
+    def _serve_on(self, original: Original, error: BaseException) -> None:
+        """Serve under this process's id, and say why."""
+        if isinstance(error, SelfUpdateError):
+            reason = f"the original process {error}"
+        else:
+            _log.exception("a hand-back met a defect", exc_info=error)
+            reason = f"a defect in the program: {error!r}"
+        self._lifecycle.step(Event.FAILED)
+        if self._lifecycle.phase is Phase.ROLLING_BACK:
+            self._server.resume()
+        _log.error("the service has another process id than before", extra={"reason": reason})
+        original.dismiss(self._settings.limits.kill_time)
+        last = self._journal.last_commit()
+        if last is not None:
+            self._journal.conclude(last.id, pid_not_kept=reason)
+        with self._claim_lock:
+            self._lifecycle.step(Event.REVERTED)
+            self._idle.set()
 
     def _go_through(self, upgrade_id: str, candidate: Candidate) -> None:
         assert candidate.release is not None
@@ -214,15 +272,7 @@ class Upgrader:
         follower = successor.show
         self._journal.follow(follower)
         try:
-            self._step(upgrade_id, Event.ANNOUNCED)
-            successor.probe()
-
-            self._step(upgrade_id, Event.PROBED)
-            self._hand_over(successor)
-
-            self._step(upgrade_id, Event.REPLACED)
-            successor.watch(self._settings.probation)
-
+            self._pass_on(successor, functools.partial(self._step, upgrade_id), self._settings.probation)
             path = str(self._program.path) if self._program.path else None
             self._step(upgrade_id, Event.BLESSED, outcome="committed", ended_at=now(), program=path)
             commit = self._journal.get(upgrade_id)
@@ -230,9 +280,24 @@ class Upgrader:
             settle(self._journal, self._store, commit)
         finally:
             self._journal.unfollow(follower)
-        successor.bless()
+        if self._settings.keep_pid and successor.can_hand_back:
+            self.comeback = successor.bless_to_hand_back()
+        else:
+            successor.bless()
 
-    def _start(self, candidate: Candidate) -> Successor:
+    def _pass_on(self, successor: Successor, step: Callable[[Event], Any], probation: float) -> None:
+        """Test one that stands by, have it take over, and watch it for `probation` seconds."""
+        step(Event.ANNOUNCED)
+        successor.probe()
+
+        step(Event.PROBED)
+        self._hand_over(successor)
+
+        step(Event.REPLACED)
+        successor.watch(probation)
+        self._raise_if_stopping()
+
+    def _start(self, candidate: Candidate) -> Child:
         """Start the successor and wait until it stands by."""
         assert candidate.release is not None
         try:
@@ -251,21 +316,25 @@ class Upgrader:
             successor = self._spawn(candidate, upgrade_bind, None)
         return successor
 
-    def _spawn(self, candidate: Candidate, upgrade_bind: Address, listener: socket.socket | None) -> Successor:
+    def _spawn(self, candidate: Candidate, upgrade_bind: Address, listener: socket.socket | None) -> Child:
         assert candidate.release is not None
-        successor = Successor(candidate.release, str(candidate.version), self._settings, self._bind, upgrade_bind)
+        successor = Child(candidate.release, str(candidate.version), self._settings, self._bind, upgrade_bind)
         self._successor = successor
-        hello = {
-            "generation": self._generation + 1,
-            "program": str(self._program.path) if self._program.path else None,
-            "sha256": candidate.release.sha256,
-            "installed": self._program.installed,
-            "trust": self._settings.trust,
-        }
+        hello = self._hello(self._generation + 1, candidate.release.sha256)
         successor.start(listener, self._lock_fd, hello, os.environ, self._stop_out.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
         successor.wait_for_standby()
         return successor
+
+    def _hello(self, generation: int, sha256: str | None) -> dict[str, object]:
+        """Return what a successor must know."""
+        return {
+            "generation": generation,
+            "program": str(self._program.path) if self._program.path else None,
+            "sha256": sha256,
+            "installed": self._program.installed,
+            "trust": self._settings.trust,
+        }
 
     def _hand_over(self, successor: Successor) -> None:
         """Stop accepting, and let the successor accept."""
@@ -344,10 +413,13 @@ class Upgrader:
         self._listener = listener
         self._server.accept(listener)
 
-    def _stop_both(self, upgrade_id: str, error: StopRequestedError) -> None:
+    def _stop_both(self, upgrade_id: str | None, error: StopRequestedError) -> None:
         """End the successor first, which answers what it has accepted; then this process takes what still waits."""
         has_paused = self._lifecycle.phase in {Phase.REPLACING, Phase.PROBATION}
-        self._step(upgrade_id, Event.STOP, outcome="interrupted", reason=str(error), ended_at=now())
+        if upgrade_id is None:
+            self._lifecycle.step(Event.STOP)
+        else:
+            self._step(upgrade_id, Event.STOP, outcome="interrupted", reason=str(error), ended_at=now())
         self._end_successor(self._settings.drain if has_paused else self._settings.limits.kill_time)
         if has_paused:
             self._server.resume()

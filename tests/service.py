@@ -216,12 +216,14 @@ class Service:
         """Return the processes of the service's session, zombies included."""
         return [pid for pid, session in _sessions() if session == self.process.pid]
 
-    def wait_until_alone(self, pid: int) -> None:
-        """Wait until `pid` is the only process left."""
+    def wait_until_alone(self, *pids: int) -> None:
+        """Wait until `pids` are the only processes left."""
         for other in self.pids():
-            if other != pid:
+            if other not in pids:
                 self.statuses[other] = self._reap(other)
-        assert self.pids() == [pid]
+        self._poll(
+            lambda: set(self.pids()), lambda left: left == set(pids)
+        )  # its parent, being alive, reaps each: nothing tells when
 
     def wait_for_end(self) -> None:
         """Wait until no process is left; `statuses` says how each ended."""
@@ -300,3 +302,8 @@ def _is_zombie(pid: int) -> bool:
 def resources(pid: int) -> dict[str, int]:
     """Return how many descriptors and threads a process has."""
     return {kind: len(list(Path(f"/proc/{pid}/{kind}").iterdir())) for kind in ("fd", "task")}
+
+
+def resident(pid: int) -> int:
+    """Return how many KiB of memory a process occupies."""
+    return int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").partition("VmRSS:")[2].split()[0])

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from programs import Programs
-from service import Service, resources
+from service import Service, resident, resources
 
 HEAD = ("upgrades", "descriptors", "threads", "resident KiB", "files", "journal KiB", "scan ms", "upgrade ms")
 
@@ -22,8 +22,6 @@ def measure(service: Service, number: int, upgrades: list[float]) -> tuple[int, 
     """Return a row of the table."""
     pid = service.get("/status")["pid"]
     used = resources(pid)
-    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    resident = int(text.partition("VmRSS:")[2].split()[0])
     scans = []
     for _ in range(5):
         began = time.monotonic()
@@ -32,7 +30,7 @@ def measure(service: Service, number: int, upgrades: list[float]) -> tuple[int, 
     files = sum(path.is_file() for path in service.state_dir.rglob("*"))
     journal = (service.state_dir / "journal").stat().st_size // 1024
     times = [round(statistics.median(values) * 1000) for values in (scans, upgrades)]
-    return (number, used["fd"], used["task"], resident, files, journal, *times)
+    return (number, used["fd"], used["task"], resident(pid), files, journal, *times)
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from clients import Asking
 from service import PATIENCE, Service
 
 from selfupdate.lifecycle import TRANSITIONS, Event, Phase
@@ -146,7 +146,8 @@ class Case:
 _ACCOMPANIED = {Phase.STARTING, Phase.PROBING, Phase.REPLACING, Phase.PROBATION, Phase.STANDBY, Phase.TRIAL}
 # Stops have tests of their own; UP_TO_DATE ends what was nothing; the way from the end is none;
 # and an orphan is what the other kills make.
-_ELSEWHERE = {Event.STOP, Event.UP_TO_DATE, Event.STOPPED, Event.ORPHANED}
+_ELSEWHERE = {Event.STOP, Event.UP_TO_DATE, Event.STOPPED, Event.ORPHANED, Event.HAND_BACK, Event.DISMISSED}
+"""What is shown elsewhere: the last two in `test_keep_pid`."""
 
 
 def _cases() -> Iterator[Case]:
@@ -163,34 +164,6 @@ def _cases() -> Iterator[Case]:
 CASES = sorted(_cases(), key=str)
 
 
-class Asking:
-    """A client that asks without pause, each time over a new connection, and is never to be refused."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.failed: Counter[str] = Counter()
-        self.answered = 0
-        self._address = address
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            connection = http.client.HTTPConnection(*self._address, timeout=PATIENCE)
-            try:
-                connection.request("GET", "/version")
-                connection.getresponse().read()
-                self.answered += 1
-            except (OSError, http.client.HTTPException) as error:
-                self.failed[type(error).__name__] += 1
-            finally:
-                connection.close()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def _version_of(program: Path) -> str:
     ran = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
     return ran.stdout.strip()
@@ -200,7 +173,7 @@ def _prepare(case: Case, programs: Programs, directory: Path, gate: Path) -> tup
     """Start a service, and put the candidate there; return it with the name of the candidate."""
     environ = {"HOLD": f"{case.phase}:{case.event}:{case.moment}:{case.kind}:{gate}"}
     old, new = "1.0.0", "1.1.0"
-    flags = ("-probation", "100ms", "-drain", "2s", "-standby", "10s")
+    flags = ("-probation", "100ms", "-drain", "2s", "-standby", "10s", "-keep-pid=false")
 
     def program(version: str, *, is_held: bool, faults: dict[Phase, str]) -> Path:
         fault = faults.get(case.phase, "") if case.goes_wrong else ""

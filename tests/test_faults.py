@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from load import Load
 from programs import Programs, shell
-from service import PATIENCE, Service
+from service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,7 +149,7 @@ def test_the_program_directory_is_another_file_system(
     service = serve(program=tmp_path / "self-update")
     (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
     assert service.upgrade()["outcome"] == "committed"
-    service.process.wait(PATIENCE)
+    service.status_when(lambda status: (status["version"], status["phase"]) == ("1.1.0", "RUNNING"))
     assert (home / "self-update").read_bytes() == programs.version("1.1.0").read_bytes()
     status = (home / "self-update").stat()
     assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o711, 12, 34)

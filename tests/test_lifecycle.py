@@ -23,6 +23,7 @@ EXPECTED = {
     *(f"{phase} failed ROLLING_BACK" for phase in ("REPLACING", "PROBATION")),
     "ABORTING reverted RUNNING", "ROLLING_BACK reverted RUNNING",
     "STANDBY replace TRIAL", "STANDBY orphaned RETIRED", "TRIAL blessed RUNNING", "TRIAL orphaned RUNNING",
+    "TRIAL hand-back STARTING", "STANDBY dismissed RETIRED", "TRIAL dismissed RETIRED",
     *(f"{phase} stop STOPPING" for phase in Phase if phase not in {"STOPPING", "RETIRED"}),
     "STOPPING stopped RETIRED",
 }  # fmt: skip
@@ -85,7 +86,7 @@ def test_the_machine_has_no_effects() -> None:
     tree = ast.parse(Path(lifecycle.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"__future__", "enum", "threading", "selfupdate.errors"}
+    assert imported == {"__future__", "enum", "threading", "typing", "collections.abc", "selfupdate.errors"}
 
 
 def test_the_readme_shows_the_table() -> None:

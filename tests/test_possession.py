@@ -20,10 +20,10 @@ from programs import write_program
 import selfupdate
 from selfupdate import settings, versions
 from selfupdate.candidates import Scanner
+from selfupdate.child import Child
 from selfupdate.journal import Journal
 from selfupdate.listener import parse_address
 from selfupdate.releases import Store
-from selfupdate.successor import Successor
 from selfupdate.trust import Release, Trust
 
 if TYPE_CHECKING:
@@ -36,14 +36,16 @@ MAKERS = {("trust", "Trust.recall"), ("trust", "Reading.verify")}
 
 STARTERS = {
     ("process", "spawn", "os.posix_spawn"),
+    ("process", "become", "os.execve"),
     ("process", "capture", "subprocess.Popen"),
     ("service", "_Service._recover", "os.execv"),
 }
-"""Where another program is started: the third is the program that was installed, which is executed anew."""
+"""Where another program is started: the last is the program that was installed, which is executed anew."""
 
 CALLERS = {
     ("process", "Guard.__init__", "spawn"),
-    ("successor", "Successor.start", "process.spawn"),
+    ("child", "Child.start", "process.spawn"),
+    ("original", "Comeback.execute", "process.become"),
     ("candidates", "Scanner._ask", "process.capture"),
     ("verifier", "Verifier._run", "process.capture"),
 }
@@ -52,12 +54,12 @@ CALLERS = {
 LOADER = ("program", "file_of_this_program", "sys.modules")
 """A look at where this program itself was loaded from, by a way that could lead elsewhere."""
 
-TAKERS = {("successor", "Successor.__init__"), ("candidates", "Scanner._ask")}
+TAKERS = {("child", "Child.__init__"), ("candidates", "Scanner._ask")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
 
 _OF_OS = ("exec", "spawn", "posix_spawn", "fork", "system", "popen", "startfile")
 _OF_SUBPROCESS = {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}
-_OF_PROCESS = {"spawn", "capture"}
+_OF_PROCESS = {"spawn", "become", "capture"}
 _BUILT_IN = {"eval", "exec", "compile", "__import__", "globals"}
 _MODULES = {
     *("asyncio", "builtins", "cffi", "code", "codeop", "commands", "concurrent", "ctypes", "_ctypes", "importlib"),
@@ -225,7 +227,7 @@ def test_what_starts_a_candidate_takes_a_release() -> None:
     """Its signature says so, and its command is that release's, which nothing else has."""
     for module, where in TAKERS:
         assert _parameters(module, where)["release"] == "Release", where
-    assert "self._command = release.command(" in SOURCE["successor"]
+    assert "self._command = release.command(" in SOURCE["child"]
     assert 'process.capture(\n                release.command("-version"),' in SOURCE["candidates"]
 
 
@@ -361,6 +363,6 @@ def test_what_is_no_release_is_not_started(store: Store, candidate: Path, what: 
     unverified: Any = {"path": candidate, "name": str(candidate), "copy": store.stage(candidate)}[what]
     given = settings.parse([], {"HOME": "/"})
     addresses = (parse_address("localhost:0"), parse_address("localhost:0"))
-    Successor(Release(store.stage(candidate), ()), "2.0.0", given, *addresses)
+    Child(Release(store.stage(candidate), ()), "2.0.0", given, *addresses)
     with pytest.raises((AssertionError, AttributeError, TypeError)):
-        Successor(unverified, "2.0.0", given, *addresses)
+        Child(unverified, "2.0.0", given, *addresses)

@@ -125,6 +125,7 @@ def test_each_flag_has_a_variable_and_wins_over_it(flag: Flag) -> None:
     first, second = {
         "bind": (":1", ":2"), "upgrade-bind": (":1", ":2"), "upgrade-dir": ("a", "b"), "state-dir": ("a", "b"),
         "allow": (">=1", ">=2"), "allowed-hosts": ("a", "b"), "dev": ("true", "false"), "upgrade": ("true", "false"),
+        "keep-pid": ("false", "true"),
         "allowed-signers": ("a", "b"), "revoked-keys": ("a", "b"), "sign-namespace": ("a", "b"), "keyring": ("a", "b"),
         "signer": ("A" * 40, "B" * 64), "signers-required": ("2", "3"), "token-file": ("a", "b"),
     }.get(flag.name, ("1s", "2s"))  # fmt: skip

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from clients import UnderWay
 from programs import shell, write_program
 from service import PATIENCE
 
@@ -65,26 +66,6 @@ CASES = [
     *((phase, target) for phase in _WITH_SUCCESSOR for target in (SUCCESSOR, BOTH)),
 ]
 """Every phase of the incumbent; in the last three the successor is in STANDBY, STANDBY and TRIAL."""
-
-
-class UnderWay:
-    """A request whose head and half of whose body have been sent."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self._connection = socket.create_connection(address, PATIENCE)
-        self._connection.sendall(b"POST /upgrade HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n")
-        self._connection.sendall(b"Content-Length: 8\r\n\r\n")
-        # The service asks for the body: the request is under way, and not still in a queue.
-        assert self._connection.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        self._connection.sendall(b'{"na')
-
-    def finish(self) -> bytes:
-        with self._connection:
-            self._connection.sendall(b"me!}")
-            answer = b""
-            while chunk := self._connection.recv(4096):
-                answer += chunk
-        return answer
 
 
 @pytest.mark.parametrize(("phase", "target"), CASES, ids=str)

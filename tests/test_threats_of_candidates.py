@@ -763,7 +763,7 @@ def test_the_old_version_serves_when_its_file_has_been_replaced(
     answers = {request: _finish(connection) for request, connection in begun.items()}
     assert {request: status for request, (status, _) in answers.items()} == requests
     assert b'"version": "1.0.0"' in answers["GET /version"][1], "the old one answers"
-    service.process.wait(PATIENCE)
+    service.status_when(lambda status: status["pid"] == service.process.pid and status["phase"] == "RUNNING")
     assert not any("exception" in line or line["message"] == "a request failed" for line in service.lines)
 
 

@@ -1,0 +1,75 @@
+"""What this process is told by signals, and by its own threads: one word at a time, for the main thread.
+
+The main thread alone takes signals, and only while it listens: every other thread
+is started with them blocked. So none is lost between its arrival and the moment in
+which this process executes another program: it stays pending, and the new program
+takes it (execve(2), signal(7)).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import signal
+import socket
+import sys
+import time
+
+from selfupdate import process
+
+SETTLED = 0
+"""A thread's word: what this process is has been settled."""
+CHILD: int = getattr(signal, "SIGCHLD", -1)
+"""A child has ended."""
+STOP = signal.SIGTERM
+"""The service is to stop; so does every word that is none of these."""
+
+_SIGNALS = {number for number in signal.Signals if number.name in {"SIGTERM", "SIGINT", "SIGCHLD"}}
+
+
+class Signals:
+    """The words that have arrived. One for the process."""
+
+    def __init__(self) -> None:
+        """Take signals from here on; they wait until `listen` is called."""
+        self._words: collections.deque[int] = collections.deque()
+        self._out, self._in = socket.socketpair()
+        self._in.setblocking(False)
+        self.block()
+        signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, _: self._words.append(number))
+
+    def block(self) -> None:
+        """Let signals wait."""
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def listen(self) -> None:
+        """Let signals come, those that waited first."""
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def wake(self, word: int = SETTLED) -> None:
+        """Tell the main thread `word`."""
+        self._words.append(word)
+        with contextlib.suppress(BlockingIOError):  # full: it will wake
+            self._in.send(b"\0")
+
+    def next(self, timeout: float | None = None, fd: int | None = None) -> int | None:
+        """Return the next word; None when `timeout` seconds have passed, or `fd` is readable first.
+
+        A child's end is told where it is somebody's here.
+        """
+        fds = [self._out.fileno()] if fd is None else [self._out.fileno(), fd]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            while self._words:
+                word = self._words.popleft()
+                if word == CHILD:
+                    process.reap_strangers()
+                else:
+                    return word
+            if self._out.fileno() not in process.ready(fds, deadline):
+                return None
+            self._out.recv(4096)
