@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from selfupdate.errors import IllegalTransitionError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 
 class Phase(enum.StrEnum):
@@ -156,6 +156,7 @@ class Lifecycle:
         """Begin in `phase`: RUNNING for a service, STANDBY for a successor."""
         self._changed = threading.Condition()
         self._phase = phase
+        self._followers: list[Callable[[Event, Phase], None]] = []
 
     @property
     def phase(self) -> Phase:
@@ -172,8 +173,14 @@ class Lifecycle:
                 self._phase = TRANSITIONS[self._phase][event]
             except KeyError:
                 raise IllegalTransitionError(self._phase, event) from None
+            for follower in self._followers:
+                follower(event, self._phase)
             self._changed.notify_all()
             return self._phase
+
+    def follow(self, follower: Callable[[Event, Phase], None]) -> None:
+        """Call `follower` with each event and the phase that it led to; it must not step itself."""
+        self._followers.append(follower)
 
     def wait_for(self, phases: Collection[Phase], timeout: float) -> None:
         """Wait until the process is in one of `phases`, at most `timeout` seconds."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MAX_SIZE = 4096
 """Bytes of a datagram; the rest is cut off."""
 
+PATIENCE = 0.1
+"""Seconds for a datagram to be taken; the receiver's queue may be full (unix(7))."""
+
 _UCRED = struct.Struct("=iII")  # pid, uid, gid
 
 
@@ -67,11 +70,15 @@ def _bind(name: str) -> socket.socket:
 
 
 def send(environ: Mapping[str, str], **fields: str) -> None:
-    """Tell the service manager that `environ` names, if it names one and still listens."""
+    """Tell the service manager that `environ` names, if it names one and still listens.
+
+    One that does not take what it is told can hold nobody up for longer than `PATIENCE`.
+    """
     address = environ.get("NOTIFY_SOCKET", "")
     if sys.platform == "win32" or not address.startswith(("@", "/")):
         return
     message = "\n".join(f"{name}={value}" for name, value in fields.items()).encode()
     # A manager that has gone is no reason to fail: its end is told otherwise.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(PATIENCE)
         sender.sendto(message, address.replace("@", "\0", 1) if address.startswith("@") else address)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from selfupdate.listener import Address
+    from selfupdate.manager import Manager
     from selfupdate.settings import Settings
     from selfupdate.signals import Signals
 
@@ -104,14 +105,16 @@ class Comeback:
         self.channel.close()
 
 
-def accompany(serving: process.Process, signals: Signals) -> int:
+def accompany(serving: process.Process, signals: Signals, manager: Manager) -> int:
     """Stay, as the process that is known, until the one that serves has ended; return the exit status.
 
     Stop signals are passed on to it.
     """
+    manager.ready(f"process {serving.pid} serves")
     signals.listen()
     while not serving.wait(time.monotonic()):
-        word = signals.next(None, serving.exit_fd)
+        manager.alive()
+        word = signals.next(manager.watchdog_interval, serving.exit_fd)
         if word:
             os.kill(serving.pid, word)
     return min(abs(serving.end(0)), 1)

@@ -72,6 +72,9 @@ class Server:
         self._drain_deadline: float | None = None
         self._drained = False
         self._no_room_until: float | None = None
+        self._beat: Callable[[], None] | None = None
+        self._beat_interval = 0.0
+        self._next_beat: float | None = None
         self._empty = threading.Event()
         self._empty.set()
         self._stopped = False
@@ -117,6 +120,14 @@ class Server:
     def resume(self) -> None:
         """Accept again on the listener that was kept."""
         self._call(self._resume)
+
+    def beat(self, interval: float, act: Callable[[], None]) -> None:
+        """Have the loop `act` every `interval` seconds, so that whoever misses that knows that it hangs."""
+
+        def begin() -> None:
+            self._beat, self._beat_interval, self._next_beat = act, interval, time.monotonic()
+
+        self._call(begin)
 
     def wait_until_empty(self) -> None:
         """Wait until the last connection has ended; after `pause`, that has a bound."""
@@ -188,7 +199,7 @@ class Server:
     def _timeout(self) -> float | None:
         all_waiting = (self._idle, self._beginning, self._lingering)
         deadlines = [next(iter(waiting.values())) for waiting in all_waiting if waiting]
-        deadlines += [at for at in (self._drain_deadline, self._no_room_until) if at is not None]
+        deadlines += [at for at in (self._drain_deadline, self._no_room_until, self._next_beat) if at is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _call(self, act: Callable[[], None]) -> None:
@@ -363,6 +374,9 @@ class Server:
                 self._cut_busy()
         if self._no_room_until is not None and self._no_room_until <= now:
             self._resume()
+        if self._beat and self._next_beat is not None and self._next_beat <= now:
+            self._beat()
+            self._next_beat = now + self._beat_interval
 
     def _drop(self, connection: Connection, waiting: dict[Connection, float]) -> None:
         del waiting[connection]

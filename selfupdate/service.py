@@ -29,6 +29,7 @@ from selfupdate.errors import (
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.manager import Manager
 from selfupdate.original import accompany
 from selfupdate.program import Program
 from selfupdate.recovery import recover, settle
@@ -102,6 +103,8 @@ class _Service:
     def __init__(self, given: Settings) -> None:
         self._signals = Signals()
         self._incumbent = Incumbent(os.environ) if given.upgrade else None
+        is_main = self._incumbent is None or self._incumbent.comes_back
+        self._manager = Manager(os.environ, __version__, is_main=is_main)
         self._settings = given = self._with_trust(given)
         settings.check(given)
         self._generation = self._incumbent.generation if self._incumbent else 0
@@ -119,6 +122,7 @@ class _Service:
         self._stop_out, self._stop_in = socket.socketpair()
         self._trust = Trust(given, self._store, self._stop_out.fileno())
         self._compose()
+        self._follow()
         self._standby: Standby | None = None
         self._listeners: list[socket.socket] = []
 
@@ -165,6 +169,13 @@ class _Service:
             gate=Gate(self._token),
         )
 
+    def _follow(self) -> None:
+        """Have the service manager told what happens."""
+        self._lifecycle.follow(self._manager.follow)
+        self._journal.follow(self._manager.show)
+        if self._manager.watchdog_interval is not None:
+            self._server.beat(self._manager.watchdog_interval, self._manager.alive)
+
     def _with_trust(self, given: Settings) -> Settings:
         """Return the settings with those of trust that the incumbent passed on, if it did."""
         if self._incumbent is None or self._incumbent.trust is None:
@@ -193,6 +204,7 @@ class _Service:
             if not listeners.is_local(listener):
                 self._check_reach()
             self._accept(listener)
+            self._manager.ready(f"{__version__} serves on {self._upgrader.bind}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
@@ -200,11 +212,22 @@ class _Service:
         while True:
             word = self._signals.next()
             assert word is not None
-            if word != signals.SETTLED:
+            if word == signals.HANG_UP:
+                threading.Thread(target=self._upgrade, name="reload", daemon=True).start()
+            elif word != signals.SETTLED:
                 return self._stop(word)
-            if self._lifecycle.phase is Phase.RETIRED:
+            elif self._lifecycle.phase is Phase.RETIRED:
                 return self._retire()
-            self._settle()
+            else:
+                self._settle()
+
+    def _upgrade(self) -> None:
+        """Do as `POST /upgrade` does, and write the answer into the log."""
+        try:
+            if self._upgrader.upgrade() is None:
+                _log.info("up to date")
+        except SelfUpdateError as error:
+            _log.warning("no upgrade", extra={"code": error.code, "reason": str(error), "remedy": error.remedy})
 
     def _settle(self) -> None:
         """Go on as what this process has become: the service, which may be about to hand back."""
@@ -220,6 +243,7 @@ class _Service:
             self._upgrader.hand_back(channel, self._incumbent.pid)
         else:
             self._incumbent.close_channel()
+            self._manager.is_main = True
 
     def _retire(self) -> int:
         """Leave the service to the process that took over, or become it; return the exit status."""
@@ -236,7 +260,9 @@ class _Service:
         if is_dismissed:
             assert self._incumbent is not None
             self._incumbent.close_channel()
-            return accompany(process.Process(self._incumbent.pid), self._signals)
+            return accompany(process.Process(self._incumbent.pid), self._signals, self._manager)
+        if self._upgrader.successor is not None:
+            self._manager.hand_over(self._upgrader.successor)
         return 0
 
     def _come_back(self, comeback: Comeback) -> int:
@@ -246,16 +272,19 @@ class _Service:
             self._server.close(0)
             self._signals.block()
             while (word := self._signals.next(0)) is not None:
-                if word != signals.SETTLED:
+                if word == signals.HANG_UP:
+                    os.kill(os.getpid(), word)  # blocked now, it waits for the new version
+                elif word != signals.SETTLED:
                     return self._stop(word)
             _log.info("becomes the new version", extra={"release": comeback.command[0]})
             sys.stdout.flush()
+            self._manager.alive()  # the next sign of life is the new version's
             try:
                 comeback.execute(os.environ, listeners, self._state.lock_fd)
             except OSError as error:
                 _log.error("cannot become the new version", extra={"reason": error.strerror})
                 comeback.give_up(error)
-        return accompany(comeback.successor, self._signals)
+        return accompany(comeback.successor, self._signals, self._manager)
 
     def _check_reach(self) -> None:
         """Refuse to serve others with less than `-bind` would ask for. Raises StartError."""
@@ -370,6 +399,7 @@ class _Service:
             self._lifecycle.step(Event.STOP)
         except IllegalTransitionError:
             _log.debug("was stopping already, or has handed over", extra={"phase": self._lifecycle.phase})
+        self._manager.stopping()
         if self._standby:
             self._standby.end()
         self._server.close(self._settings.drain)
@@ -390,7 +420,7 @@ class _Service:
         if serving is None:
             return 0
         os.kill(serving.pid, signal.SIGTERM)
-        return accompany(serving, self._signals)
+        return accompany(serving, self._signals, self._manager)
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:

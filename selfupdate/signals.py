@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -21,10 +22,12 @@ SETTLED = 0
 """A thread's word: what this process is has been settled."""
 CHILD: int = getattr(signal, "SIGCHLD", -1)
 """A child has ended."""
+HANG_UP: int = getattr(signal, "SIGHUP", -1)
+"""An upgrade is asked for."""
 STOP = signal.SIGTERM
 """The service is to stop; so does every word that is none of these."""
 
-_SIGNALS = {number for number in signal.Signals if number.name in {"SIGTERM", "SIGINT", "SIGCHLD"}}
+_SIGNALS = {number for number in signal.Signals if number.name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD"}}
 
 
 class Signals:
@@ -35,10 +38,12 @@ class Signals:
         self._words: collections.deque[int] = collections.deque()
         self._out, self._in = socket.socketpair()
         self._in.setblocking(False)
+        self._had_terminal = _has_terminal()
         self.block()
         signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
-            signal.signal(number, lambda number, _: self._words.append(number))
+            if number != HANG_UP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
+                signal.signal(number, lambda number, _: self._words.append(number))
 
     def block(self) -> None:
         """Let signals wait."""
@@ -59,7 +64,7 @@ class Signals:
     def next(self, timeout: float | None = None, fd: int | None = None) -> int | None:
         """Return the next word; None when `timeout` seconds have passed, or `fd` is readable first.
 
-        A child's end is told where it is somebody's here.
+        A child's end is told where it is somebody's here, and a hang-up of the terminal is a stop.
         """
         fds = [self._out.fileno()] if fd is None else [self._out.fileno(), fd]
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -68,8 +73,19 @@ class Signals:
                 word = self._words.popleft()
                 if word == CHILD:
                     process.reap_strangers()
+                elif word == HANG_UP and self._had_terminal and not _has_terminal():
+                    return STOP
                 else:
                     return word
             if self._out.fileno() not in process.ready(fds, deadline):
                 return None
             self._out.recv(4096)
+
+
+def _has_terminal() -> bool:
+    """Tell whether this process has a controlling terminal (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True

@@ -44,10 +44,6 @@ HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
 ANSWER_SIZE = 65536
 
 
-_OUR_MANAGERS = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
-"""Variables by which this process's own service manager speaks to it, and to no child."""
-
-
 class _NoAnswerError(SuccessorError):
     """It lives, and does not answer a question."""
 
@@ -342,7 +338,6 @@ class Successor:
 
 def environment(settings: Settings, environ: Mapping[str, str], notify_address: str, channel: int) -> dict[str, str]:
     """Return what a successor gets for its environment: this process's, and how it speaks to its incumbent."""
-    environ = {name: text for name, text in environ.items() if name not in _OUR_MANAGERS}
     return {**environ, **settings.environment(), "NOTIFY_SOCKET": notify_address, HANDOVER_FD: str(channel)}
 
 

@@ -116,6 +116,11 @@ class Upgrader:
         self._bind = listeners.address_of(listener, self._settings.bind)
 
     @property
+    def successor(self) -> int | None:
+        """The process to which this one handed over last, or was about to."""
+        return self._successor.pid if self._successor else None
+
+    @property
     def bind(self) -> Address:
         """The address of the service, with the port that it really has."""
         return self._bind
