@@ -64,6 +64,7 @@ class Child(Successor):
         when `stop_fd` becomes readable.
         """
         self._stop_fd = stop_fd
+        self._may_share = listener is not None
         try:
             self._notifications = Receiver()
             self._channel, theirs = _channel()

@@ -95,6 +95,7 @@ class Successor:
         self._stop_fd: int
         self._standby_time = settings.standby
         self._is_ready = False
+        self._may_share = True
         self._announces_until: float | None = None
         self._is_deaf = False
 
@@ -285,15 +286,18 @@ class Successor:
             connect(self._upgrade_bind, self._limits.poll_interval).close()
         except OSError:
             return False
+        if self._may_share and self._says_its_pid(deadline, doing):
+            # One that answers so may speak the full protocol, and its announcement be under way.
+            self._announces_until = time.monotonic() + self._limits.announce_time
+            return False
+        return True
+
+    def _says_its_pid(self, deadline: float, doing: str) -> bool:
         try:
             _, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
         except _NoAnswerError:  # it serves, and need not know that path
-            return True
-        if health.get("pid") != self.pid:
-            return True
-        # One that answers so may speak the full protocol, and its announcement be under way.
-        self._announces_until = time.monotonic() + self._limits.announce_time
-        return False
+            return False
+        return health.get("pid") == self.pid
 
     def _wait_until_bound(self, deadline: float) -> None:
         while True:
