@@ -48,7 +48,8 @@ class _ForPeople(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created).astimezone().isoformat(sep=" ", timespec="milliseconds")[:23]
         fields = "".join(f" {name}={_plain(value)}" for name, value in self.fields(record).items() if value is not None)
-        return f"{at} {record.levelname:<7} {self.who['version']} [{self.who['pid']}] {record.getMessage()}{fields}"
+        who = "{version} #{generation} [{pid}]".format_map(self.who)
+        return f"{at} {record.levelname:<7} {who} {record.getMessage()}{fields}"
 
 
 def _plain(value: object) -> str:

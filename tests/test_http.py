@@ -209,10 +209,10 @@ def test_log_lines_are_json_and_survive_hostile_words(start: Callable[..., Servi
 
 
 def test_dev_writes_logs_for_people(start: Callable[..., Service]) -> None:
-    """One line a text."""
+    """A line is a text, which says who wrote it: version, generation and process."""
     service = start("-dev")
     line = service.next_line()["message"]
-    at, who = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", r"1\.0\.0 \[\d+\]"
+    at, who = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", r"1\.0\.0 #0 \[\d+\]"
     assert re.fullmatch(rf"{at} INFO    {who} serving bind=localhost:\d+", line)
 
 
