@@ -23,6 +23,7 @@ from selfupdate.errors import (
 )
 from selfupdate.journal import KEPT, now
 from selfupdate.lifecycle import Lifecycle, Phase
+from selfupdate.listener import join
 from selfupdate.messages import Request, Response, json_response, problem, refusal
 from selfupdate.relay import relay
 from selfupdate.settings import parse_duration
@@ -96,7 +97,7 @@ class App:
         self._upgrader = upgrader
         self._trust = trust
         self._gate = gate
-        self._names = {settings.bind.host.lower(), *(settings.allowed_hosts or ())}
+        self._names = {*(bind.host.lower() for bind in settings.bind), *(settings.allowed_hosts or ())}
         self._started_at = now()
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
             "/version": ("GET", lambda _: json_response({"version": self._version})),
@@ -135,7 +136,7 @@ class App:
             try:
                 return route(request)
             except HandedOverError:
-                return relay(request, self._upgrader.bind, self._settings.drain)
+                return relay(request, self._upgrader.binds[0], self._settings.drain)
         except _BadRequestError as error:
             return problem(400, str(error))
         except SelfUpdateError as error:
@@ -155,7 +156,7 @@ class App:
                 "pid": os.getpid(),
                 "generation": self._generation,
                 "phase": self._lifecycle.phase,
-                "bind": str(self._upgrader.bind),
+                "bind": join(self._upgrader.binds),
                 "started_at": self._started_at,
                 "installed": self._program.after_restart(self._journal.last_commit()),
                 "upgrade": current.as_json() if current else None,

@@ -1,9 +1,9 @@
 """The successor that an incumbent starts, and the only place that starts one.
 
-It gets the listening socket (sd_listen_fds(3)), one end of the channel, and pipes
-for what it writes. One that speaks the plain protocol wants to bind the address
-by itself; it can't while it holds a copy of the listening socket without knowing,
-so it is started once more without it. Until then nothing has happened to the
+It gets the listening sockets (sd_listen_fds(3)), one end of the channel, and pipes
+for what it writes. One that speaks the plain protocol wants to bind the addresses
+by itself; it can't while it holds a copy of a listening socket without knowing,
+so it is started once more without them. Until then nothing has happened to the
 service, and a plain successor does nothing before it is asked to.
 """
 
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 from selfupdate import process
 from selfupdate.errors import SuccessorError, UpgradeError
-from selfupdate.listener import FIRST_FD
+from selfupdate.listener import FIRST_FD, names_of
 from selfupdate.notify import Receiver
 from selfupdate.original import Comeback
 from selfupdate.successor import ANSWER_SIZE, Successor, environment
 from selfupdate.transcript import STREAMS, Transcript
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from selfupdate.listener import Address
+    from selfupdate.listener import Address, Listener
     from selfupdate.settings import Settings
     from selfupdate.trust import Release
 
@@ -41,30 +41,31 @@ class Child(Successor):
     """A successor that this process started."""
 
     def __init__(
-        self, release: Release, version: str, settings: Settings, bind: Address, upgrade_bind: Address
+        self, release: Release, version: str, settings: Settings, binds: Sequence[Address], upgrade_bind: Address
     ) -> None:
         """Prepare to start `release`, which said that it is `version`, for the addresses given."""
-        super().__init__(version, settings, bind, upgrade_bind)
+        super().__init__(version, settings, binds, upgrade_bind)
         self._name = release.name
-        self._command = release.command("-upgrade", "true", "-upgrade-bind", str(upgrade_bind), "-bind", str(bind))
+        each = (text for bind in binds for text in ("-bind", str(bind)))
+        self._command = release.command("-upgrade", "true", "-upgrade-bind", str(upgrade_bind), *each)
         self._guard: process.Guard | None = None
         self._transcript: Transcript | None = None
 
     def start(
         self,
-        listener: socket.socket | None,
+        listeners: Sequence[Listener],
         lock_fd: int,
         hello: Mapping[str, object],
         environ: Mapping[str, str],
         stop_fd: int,
     ) -> None:
-        """Start it; with `listener`, as a successor that may share it. Raises SuccessorError or UpgradeError.
+        """Start it; with `listeners`, as a successor that may share them. Raises SuccessorError or UpgradeError.
 
         It holds the lock `lock_fd`, too, and is told `hello` first. A wait ends with StopRequestedError
         when `stop_fd` becomes readable.
         """
         self._stop_fd = stop_fd
-        self._may_share = listener is not None
+        self._may_share = bool(listeners)
         try:
             self._notifications = Receiver()
             self._channel, theirs = _channel()
@@ -72,14 +73,12 @@ class Child(Successor):
         except OSError as error:
             raise UpgradeError(f"this machine cannot start a successor: {error}") from error
         self._channel.settimeout(self._limits.announce_time)
-        listeners = [listener.fileno()] if listener else []
-        passed = [*listeners, theirs.fileno(), lock_fd, *STREAMS]
+        passed = [*(listener.sock.fileno() for listener in listeners), theirs.fileno(), lock_fd, *STREAMS]
         channel, lock, *streams = range(FIRST_FD + len(listeners), FIRST_FD + len(passed))
         self._tell({**hello, "secret": self._secret, "lock": lock, "streams": streams})
         environ = environment(self._settings, environ, self._notifications.address, channel)
         mark = f"NOTIFY_SOCKET={self._notifications.address}"
-        if listeners:
-            environ["LISTEN_FDNAMES"] = "http"
+        environ |= names_of(listeners)
         try:
             self._process = process.spawn(
                 self._command, environ, passed, listeners=len(listeners), streams=self._transcript.writers, mark=mark

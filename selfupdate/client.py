@@ -1,6 +1,6 @@
 """The service's commands: ask the running service over HTTP, and say in words what it answers.
 
-The service is found by what it wrote into the state directory's lock, or else at `-bind`.
+The service is found by what it wrote into the state directory's lock, or else at the first `-bind`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Client:
         """Find the service."""
         signed = signature(settings.state_dir).get("bind")
         try:
-            self._address = listeners.parse_address(signed) if signed else settings.bind
+            self._address = listeners.parse_address(signed) if signed else settings.bind[0]
         except ValueError:
             raise ClientError(
                 f"the lock in {settings.state_dir} names no address; remove it, and start the service"

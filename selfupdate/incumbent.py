@@ -1,7 +1,7 @@
 """What a successor knows of its incumbent: stand by, and take over when asked.
 
 The incumbent is whoever started this process with `-upgrade true`. One of this
-program passes the listening socket and a channel; one that speaks the plain
+program passes the listening sockets and a channel; one that speaks the plain
 protocol alone passes neither, and its end is seen by its process.
 """
 
@@ -34,9 +34,10 @@ from selfupdate.successor import HANDOVER_FD
 from selfupdate.transcript import STREAMS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
     from selfupdate.journal import Journal
+    from selfupdate.listener import Address, Listener
     from selfupdate.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -67,9 +68,12 @@ class Incumbent:
         self.pid = os.getppid()
         self.comes_back = False
         """Whether it is what this very process started, and hands back to it now."""
+        self.may_serve_again = False
+        """Whether it still holds the listeners, to accept on them should this process fail."""
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
         self._channel: socket.socket | None = None
         self._streams: list[int] = []
+        self._listeners: list[tuple[Address, bool]] = []
         fd = environ.pop(HANDOVER_FD, None)
         if fd is None:
             return
@@ -88,16 +92,26 @@ class Incumbent:
             self._streams = [int(stream) for stream in hello["streams"]]
             self.comes_back = bool(hello.get("comes_back"))
             self.pid = int(hello["pid"]) if self.comes_back else self.pid
+            told = hello.get("listeners", [])
+            self._listeners = [(listeners.parse_address(text), bool(is_own)) for text, is_own in told]
             for stream in self._streams:
                 os.set_inheritable(stream, False)
         except _NO_HELLO as error:
             raise StartError(f"{HANDOVER_FD}={shown(fd, 20)} is not an incumbent's channel: {error!r}") from error
         self._channel.settimeout(None)
+        self.may_serve_again = True
 
     @property
     def is_plain(self) -> bool:
         """Whether it speaks the plain protocol alone."""
         return self._channel is None
+
+    def recognise(self, passed: Sequence[Listener]) -> tuple[Listener, ...]:
+        """Return the listeners that were `passed` on with what it told of each: its address, and who bound it."""
+        if len(passed) != len(self._listeners):
+            return tuple(passed)
+        told = zip(passed, self._listeners, strict=True)
+        return tuple(replace(listener, address=address, is_own=is_own) for listener, (address, is_own) in told)
 
     def spend_secret(self) -> None:
         """Have the secret open nothing any more."""
@@ -137,9 +151,12 @@ class Incumbent:
         with contextlib.suppress(ConnectionError):  # it was killed with words of ours unread
             while received := channel.recv(_MESSAGE_SIZE):
                 message = json.loads(received)
+                is_last = bool(message.keys() & _LAST_WORDS)
+                self.may_serve_again = self.may_serve_again and not is_last
                 on_message(message)
-                if message.keys() & _LAST_WORDS:  # what becomes of the channel now is the service's to say
+                if is_last:  # what becomes of the channel now is the service's to say
                     return
+        self.may_serve_again = False
         on_gone()
 
     def _follow_process(self, _on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
@@ -163,12 +180,12 @@ class Standby:
         settings: Settings,
         lifecycle: Lifecycle,
         journal: Journal,
-        inherited: socket.socket | None,
+        places: Sequence[Address | Listener],
         health: Callable[[], Response],
-        accept: Callable[[socket.socket], None],
+        accept: Callable[[Sequence[Listener]], None],
         on_settled: Callable[[], None],
     ) -> None:
-        """Take over by having the service `accept` on the `inherited` listener, or on one that is bound then.
+        """Take over by having the service `accept` on the listeners of `places`, and on its addresses, bound then.
 
         `on_settled` is called when the process is RUNNING or RETIRED.
         """
@@ -176,7 +193,7 @@ class Standby:
         self._settings = settings
         self._lifecycle = lifecycle
         self._journal = journal
-        self._inherited = inherited
+        self._places = places
         self._health = health
         self._accept = accept
         self._on_settled = on_settled
@@ -187,7 +204,8 @@ class Standby:
         """Listen on the temporary address, and say so. Raises StartError."""
         self._temporary.accept(listeners.bind(self._settings.upgrade_bind))
         self._incumbent.follow(self._take_message, self._incumbent_gone)
-        shares = {"X_SELF_UPDATE": "1"} if self._inherited and not self._incumbent.is_plain else {}
+        has_all = not any(isinstance(place, listeners.Address) for place in self._places)
+        shares = {"X_SELF_UPDATE": "1"} if has_all and not self._incumbent.is_plain else {}
         hands_back = {"X_SELF_UPDATE_HAND_BACK": "1"} if shares and not self._incumbent.comes_back else {}
         self._incumbent.announce(READY="1", STATUS="standing by", **shares, **hands_back)
         _log.info("standing by", extra={"upgrade_bind": str(self._settings.upgrade_bind)})
@@ -222,26 +240,27 @@ class Standby:
         if self._lifecycle.phase is not Phase.STANDBY:
             return problem(409, f"This process does not stand by any more: it is {self._lifecycle.phase}.")
         try:
-            listener = self._inherited or self._bind(time.monotonic() + self._settings.limits.rebind_time)
+            deadline = time.monotonic() + self._settings.limits.rebind_time
+            found = listeners.listen(self._places, lambda address: self._bind(address, deadline))
             self._lifecycle.step(Event.REPLACE)
         except StartError as error:
             return problem(503, f"{error}.")
         except IllegalTransitionError as error:  # a stop came first
             return problem(409, f"This process does not stand by any more: it is {error.phase}.")
-        self._accept(listener)
+        self._accept(found)
         _log.info("took over")
         if self._incumbent.is_plain:  # nobody watches, and nobody will bless
             self._settle(Event.BLESSED)
         return json_response({"status": "ok", "pid": os.getpid()})
 
-    def _bind(self, deadline: float) -> socket.socket:
-        """Bind the address that a plain incumbent gives up, perhaps only after it has asked.
+    def _bind(self, address: Address, deadline: float) -> socket.socket:
+        """Bind an address that a plain incumbent gives up, perhaps only after it has asked.
 
         Nothing tells when an address is free: it is tried again until `deadline`.
         """
         while True:
             try:
-                return listeners.bind(self._settings.bind)
+                return listeners.bind(address)
             except StartError:
                 if time.monotonic() >= deadline:
                     raise

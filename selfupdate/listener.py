@@ -1,10 +1,14 @@
-"""Addresses, and the sockets that listen on them: bind, adopt, pass on.
+"""Addresses, and the sockets that listen on them: bind, adopt, choose, pass on.
 
 A listener is non-blocking in every process: two processes wait on one queue
 during a handover, and one that blocks in accept(2) would steal a connection
 that it was told of too late. It is never passed to shutdown(2), which would end
 it for every process that shares it, and never uses SO_REUSEPORT, which would
 split the queue and let others bind beside it.
+
+The path of a Unix socket goes with who bound it. One that this service bound is
+removed when its last generation stops; one that a service manager passed on is
+the manager's, and is never touched.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import re
 import socket
 import stat
 import struct
@@ -22,49 +27,105 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfupdate.errors import StartError
+from selfupdate.foreign import shown
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 BACKLOG = 4096
 """Connections that wait in the kernel while nobody accepts; the kernel cuts it to net.core.somaxconn."""
 
+MAX_SOCKETS = 32
+"""Sockets that a service serves at most; they are passed on together (see `process`, _HIGH_FD)."""
+
 _MAX_PORT = 65535
 _MAX_PATH = 107
 """Bytes of a Unix socket's path: sun_path has 108, one of them NUL (unix(7))."""
+_PATH_MODE = 0o666
+"""Of a Unix socket's file, before the umask: who may write to it may connect (unix(7))."""
+
+_PEER_TIME = 1.0
+"""Seconds for a Unix socket to take a connection; the kernel does, unless the queue is full."""
+_UCRED = struct.Struct("=iII")
+"""pid, uid, gid."""
 
 _LISTENING = "0A"
 """TCP_LISTEN in /proc/net/tcp."""
 _MAPPED = bytes(8) + struct.pack(">I", *struct.unpack("=I", b"\0\0\xff\xff"))
 """What stands before an IPv4 address in IPv6's form there."""
 
+_UNNAMED = "unknown"
+"""What sd_listen_fds_with_names(3) calls sockets without names."""
+
+VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+"""By which a service manager tells one process what it passes on to it."""
 FIRST_FD = 3
 """The first descriptor that is passed on (sd_listen_fds(3), SD_LISTEN_FDS_START)."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """`host:port`, or the path of a Unix socket."""
+    """`host:port`, the path of a Unix socket, or the name of a socket that a service manager passes on.
+
+    A path that begins with `@` is a name in the kernel, without a file (unix(7), abstract).
+    """
 
     host: str = ""
     port: int = 0
     path: str = ""
+    passed: str = ""
 
     def __str__(self) -> str:
         """Return the address as a flag takes it."""
+        if self.passed:
+            return f"fd:{self.passed}"
         if self.path:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it means one place, and not any free port."""
+        return bool(self.port or self.path or self.passed)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening socket, and what it can't tell by itself."""
+
+    sock: socket.socket
+    address: Address
+    """As people are told it: `localhost:8080` where that was asked for."""
+    name: str = "http"
+    """What it is passed on as (sd_listen_fds(3), LISTEN_FDNAMES)."""
+    is_own: bool = True
+    """Whether this service bound it, in this generation or an earlier one, and no service manager."""
+
+    def remove(self) -> None:
+        """Remove the path of a Unix socket, if this service bound it."""
+        if self.is_own:
+            remove(self.address)
+
+
+def names_of(listeners: Iterable[Listener]) -> dict[str, str]:
+    """Return the variable that tells a program the names of what is passed on to it (sd_listen_fds_with_names(3))."""
+    names = [listener.name for listener in listeners]
+    return {"LISTEN_FDNAMES": ":".join(names)} if names else {}
+
+
+def join(addresses: Iterable[Address]) -> str:
+    """Return addresses as `-bind` takes them: with commas between."""
+    return ",".join(map(str, addresses))
+
 
 def parse_address(text: str) -> Address:
-    """Return the address that `text` is: `host:port`, `:port`, `[::1]:port` or `unix:/path`.
+    """Return the address that `text` is: `host:port`, `:port`, `[::1]:port`, `unix:/path` or `unix:@name`.
 
-    Raises ValueError on anything else.
+    Raises ValueError on anything else, and on a path with a comma, which stands between addresses.
     """
-    if text.startswith("unix:/"):
+    if text.startswith(("unix:/", "unix:@")):
         path = text.removeprefix("unix:")
-        if len(os.fsencode(path)) > _MAX_PATH or not path.isprintable():
+        if len(os.fsencode(path)) > _MAX_PATH or not path.isprintable() or "," in path or path == "@":
             raise ValueError(text)
         return Address(path=path)
     host, colon, port = text.rpartition(":")
@@ -76,9 +137,26 @@ def parse_address(text: str) -> Address:
             socket.inet_pton(socket.AF_INET6, host)
         except OSError:
             raise ValueError(text) from None
-    elif ":" in host or any(letter.isspace() or not letter.isprintable() for letter in host):
+    elif any(letter in ":," or letter.isspace() or not letter.isprintable() for letter in host):
         raise ValueError(text)
     return Address(host, int(port))
+
+
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    """Return the addresses that `text` is, with commas between; `fd:NAME` is a socket that is passed on.
+
+    Raises ValueError.
+    """
+    addresses = tuple(_parse_passed(part) or parse_address(part) for part in text.split(","))
+    if len(addresses) > MAX_SOCKETS:
+        raise ValueError(text)
+    return addresses
+
+
+def _parse_passed(text: str) -> Address | None:
+    # What systemd.socket(5), FileDescriptorName=, takes, but for the comma.
+    named = re.fullmatch("fd:([ -+.-9;-~-]{1,255})", text)
+    return Address(passed=named[1]) if named else None
 
 
 def is_loopback(address: Address) -> bool:
@@ -93,9 +171,7 @@ def is_loopback(address: Address) -> bool:
 
 def is_local(listener: socket.socket) -> bool:
     """Tell whether a listening socket, whoever bound it, can be reached from this machine alone."""
-    if listener.family not in {socket.AF_INET, socket.AF_INET6}:
-        return True
-    return is_loopback(Address(listener.getsockname()[0]))
+    return is_loopback(_address_in_kernel(listener))
 
 
 def owners_of(address: Address) -> set[int]:
@@ -106,10 +182,7 @@ def owners_of(address: Address) -> set[int]:
     if sys.platform == "win32":
         return set()
     if address.path:
-        try:
-            return {Path(address.path).stat().st_uid}
-        except FileNotFoundError:
-            return set()
+        return _owners_of_path(address)
     family, (host, port) = _resolve(address)
     ours = _in_kernel(family, host)
     owners: set[int] = set()
@@ -124,6 +197,19 @@ def owners_of(address: Address) -> set[int]:
                 if int(number, 16) == port and _overlap(ours, bytes.fromhex(place)):
                     owners.add(int(uid))
     return owners
+
+
+def _owners_of_path(address: Address) -> set[int]:
+    if sys.platform == "win32":
+        return set()
+    try:
+        if not address.path.startswith("@"):
+            return {Path(address.path).stat().st_uid}
+        with connect(address, _PEER_TIME) as peer:  # a name without a file: the kernel knows who called listen(2)
+            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return set()
+    return {_UCRED.unpack(credentials)[1]}
 
 
 def _in_kernel(family: int, host: str) -> bytes:
@@ -152,8 +238,53 @@ def bind(address: Address) -> socket.socket:
         listener = _bound(vacant(address) if not address.port else address)
         listener.listen(BACKLOG)
     except OSError as error:
-        raise StartError(f"cannot listen on {address}: {_reason(error)}") from error
+        raise StartError(f"cannot listen on {address}: {_reason(address, error)}") from error
     return listener
+
+
+def listen(
+    places: Sequence[Address | Listener], bind: Callable[[Address], socket.socket] = bind
+) -> tuple[Listener, ...]:
+    """Return a listener for each of `places`: itself, or a socket that is bound by `bind`.
+
+    All or none: raises StartError after it has closed, and removed, what it had bound.
+    """
+    found: list[Listener] = []
+    try:
+        for place in places:
+            if isinstance(place, Address):
+                sock = bind(place)
+                found.append(Listener(sock, address_of(sock, place)))
+            else:
+                found.append(place)
+    except StartError:
+        for listener in found:
+            if listener not in places:
+                listener.sock.close()
+                listener.remove()
+        raise
+    return tuple(found)
+
+
+def choose(asked: Sequence[Address], passed: Sequence[Listener]) -> list[Address | Listener]:
+    """Return what is served, in the order that was asked for: addresses to bind, and sockets that were `passed` on.
+
+    Where a name is asked for (`fd:NAME`), just what was asked for; else all that were passed, or, where
+    none was, the addresses. Raises StartError, naming those that were passed, for a name that was not,
+    and where it is more than MAX_SOCKETS.
+    """
+    if not any(address.passed for address in asked):
+        return [*(passed or asked)]
+    places: list[Address | Listener] = []
+    for address in asked:
+        named = [listener for listener in passed if listener.name == address.passed]
+        if address.passed and not named:
+            names = ", ".join(dict.fromkeys(f"fd:{shown(listener.name)}" for listener in passed))
+            raise StartError(f"no socket was passed on for -bind {address}; passed on were: {names or 'none'}")
+        places += named if address.passed else [address]
+    if len(places) > MAX_SOCKETS:
+        raise StartError(f"-bind asks for {len(places)} sockets; at most {MAX_SOCKETS} can be served")
+    return places
 
 
 def _bound(address: Address) -> socket.socket:
@@ -193,7 +324,7 @@ def address_of(listener: socket.socket, asked: Address) -> Address:
 
 def remove(address: Address) -> None:
     """Remove the path of a Unix socket that nobody will listen on any more."""
-    if address.path:
+    if address.path.startswith("/"):
         Path(address.path).unlink(missing_ok=True)
 
 
@@ -202,11 +333,13 @@ def connect(address: Address, timeout: float) -> socket.socket:
 
     Raises OSError. `timeout` in seconds.
     """
+    if address.passed:
+        raise OSError(errno.EDESTADDRREQ, "its service manager knows where that is")
     if address.path:
         if sys.platform == "win32":
             raise OSError(errno.EAFNOSUPPORT, "no Unix sockets on this platform")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        target: str | tuple[str | int, ...] = address.path
+        target: str | tuple[str | int, ...] = _sun_path(address.path)
     else:
         family, sockaddr = _resolve(address)
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
@@ -221,28 +354,60 @@ def connect(address: Address, timeout: float) -> socket.socket:
     return connection
 
 
-def adopt(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """Return the listening sockets that a service manager passed on (sd_listen_fds(3)).
+def adopt(environ: MutableMapping[str, str]) -> tuple[Listener, ...]:
+    """Return the listeners that a service manager passed on (sd_listen_fds(3)), at most MAX_SOCKETS.
 
     The variables are taken out of `environ`, and the descriptors are no longer inherited.
-    Raises StartError where a descriptor is not a listening socket.
+    Raises StartError where a descriptor is not a listening stream socket whose address `-bind` could name.
     """
-    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdigit():
-        return []
-    listeners = []
-    for fd in range(FIRST_FD, FIRST_FD + int(count)):
-        try:
-            os.set_inheritable(fd, False)
-            listener = socket.socket(fileno=fd)
-            listener.setblocking(False)
-            if sys.platform != "win32" and not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise StartError(f"descriptor {fd} of LISTEN_FDS={count} is a socket that does not listen")
-        except OSError as error:
-            raise StartError(f"descriptor {fd} of LISTEN_FDS={count} is no socket: {error.strerror}") from error
-        listeners.append(listener)
-    return listeners
+    pid, count, names, _ = (environ.pop(name, "") for name in VARIABLES)
+    if pid != str(os.getpid()) or not count:
+        return ()
+    if not re.fullmatch("[0-9]{1,9}", count) or int(count) > MAX_SOCKETS:
+        raise StartError(f"LISTEN_FDS={shown(count, 20)} is not a number of sockets from 0 to {MAX_SOCKETS}")
+    fds = range(FIRST_FD, FIRST_FD + int(count))
+    named = names.split(":") if names else [_UNNAMED] * len(fds)
+    if len(named) != len(fds):
+        raise StartError(f"LISTEN_FDNAMES={shown(names, 200)} has {len(named)} names, and LISTEN_FDS={count}")
+    return tuple(_adopt(fd, name) for fd, name in zip(fds, named, strict=True))
+
+
+def _adopt(fd: int, name: str) -> Listener:
+    """Return the listener that was passed on as descriptor `fd`. Raises StartError."""
+    what = f"descriptor {fd}, which was passed on as {shown(name)!r},"
+    try:
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        if sock.type != socket.SOCK_STREAM:
+            raise StartError(f"{what} is no stream socket; what HTTP is served on is one (ListenStream=)")
+        if sys.platform != "win32" and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise StartError(f"{what} is a socket that does not listen; a connection, say, of a unit with Accept=yes")
+        address = _address_in_kernel(sock)
+    except OSError as error:
+        raise StartError(f"{what} is no socket that can be served: {error.strerror}") from error
+    try:
+        is_nameable = parse_addresses(str(address)) == (address,)
+    except ValueError:
+        is_nameable = False
+    if not is_nameable:  # nor could a successor be told
+        raise StartError(f"{what} listens on {shown(str(address))}, which -bind cannot name; let it listen elsewhere")
+    return Listener(sock, address, name, is_own=False)
+
+
+def _address_in_kernel(listener: socket.socket) -> Address:
+    """Return where a listening socket listens, as the kernel has it. Raises OSError for a family that is not served."""
+    if listener.family in {socket.AF_INET, socket.AF_INET6}:
+        host, port, *more = listener.getsockname()
+        if any(more):  # flow and scope: an address of one link alone
+            host += f"%{more[-1]}"
+        elif host == "::" and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            host = ""
+        return Address(host, port)
+    if sys.platform != "win32" and listener.family == socket.AF_UNIX:
+        path = os.fsdecode(listener.getsockname())
+        return Address(path=f"@{path[1:]}" if path.startswith("\0") else path)
+    raise OSError(errno.EAFNOSUPPORT, "only TCP and Unix sockets can")
 
 
 def _resolve(address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -267,31 +432,40 @@ def _bind_path(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(Path(path).lstat().st_mode):
-                raise OSError(errno.EEXIST, "a file that is no socket is there; move it away, or choose another path")
-            if not _is_served(path):
-                Path(path).unlink()
+            if path.startswith("/"):
+                _clear(path)
         listener.setblocking(False)
-        listener.bind(path)
+        if sys.platform == "linux":
+            os.fchmod(listener.fileno(), _PATH_MODE)  # bind(2) makes the file with this mode, less the umask
+        listener.bind(_sun_path(path))
     except BaseException:
         listener.close()
         raise
     return listener
 
 
-def _is_served(path: str) -> bool:
+def _clear(path: str) -> None:
+    """Remove a socket on which nobody listens any more. Raises OSError where something else is there."""
+    if not stat.S_ISSOCK(Path(path).lstat().st_mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is there; move it away, or choose another path")
     try:
-        connect(Address(path=path), 1.0).close()
+        connect(Address(path=path), _PEER_TIME).close()
     except ConnectionRefusedError:
-        return False
-    return True
+        Path(path).unlink()
+    except TimeoutError:
+        pass  # somebody listens, and has much to do
 
 
-def _reason(error: OSError) -> str:
+def _sun_path(path: str) -> str:
+    """Return a path as the kernel takes it: an abstract name begins with NUL (unix(7))."""
+    return f"\0{path[1:]}" if path.startswith("@") else path
+
+
+def _reason(address: Address, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "another process listens there; stop it, or choose another address"
     if error.errno == errno.EACCES:
-        return "not permitted; ports below 1024 need privileges"
+        return "not permitted" + ("" if address.path else "; ports below 1024 need privileges")
     if error.errno == errno.EADDRNOTAVAIL:
         return "this machine has no such address"
     if isinstance(error, socket.gaierror):

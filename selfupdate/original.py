@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from selfupdate import notify, process
 from selfupdate.errors import UpgradeError
-from selfupdate.listener import FIRST_FD
+from selfupdate.listener import FIRST_FD, names_of
 from selfupdate.notify import Receiver
 from selfupdate.successor import Successor, environment
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping, Sequence
 
-    from selfupdate.listener import Address
+    from selfupdate.listener import Address, Listener
     from selfupdate.manager import Manager
     from selfupdate.settings import Settings
     from selfupdate.signals import Signals
@@ -40,9 +40,11 @@ class Original(Successor):
 
     announces_itself = True
 
-    def __init__(self, channel: socket.socket, pid: int, version: str, settings: Settings, bind: Address) -> None:
+    def __init__(
+        self, channel: socket.socket, pid: int, version: str, settings: Settings, binds: Sequence[Address]
+    ) -> None:
         """Prepare to hand back to the process `pid` at the other end of `channel`."""
-        super().__init__(version, settings, bind, settings.upgrade_bind)
+        super().__init__(version, settings, binds, settings.upgrade_bind)
         self._channel = channel
         self._parent = pid
         self._standby_time = settings.drain + settings.standby  # what it has begun it ends first
@@ -92,12 +94,12 @@ class Comeback:
     successor: process.Process
     """Which serves now, and will hand over."""
 
-    def execute(self, environ: Mapping[str, str], listeners: Sequence[int], lock_fd: int) -> NoReturn:
+    def execute(self, environ: Mapping[str, str], listeners: Sequence[Listener], lock_fd: int) -> NoReturn:
         """Become it. Raises OSError, with everything as it was."""
         channel = FIRST_FD + len(listeners)
         environ = environment(self.settings, environ, self.notify_address, channel)
-        passed = [*listeners, self.channel.fileno(), lock_fd]
-        process.become(self.command, {**environ, "LISTEN_FDNAMES": "http"}, passed, listeners=len(listeners))
+        passed = [*(listener.sock.fileno() for listener in listeners), self.channel.fileno(), lock_fd]
+        process.become(self.command, environ | names_of(listeners), passed, listeners=len(listeners))
 
     def give_up(self, error: OSError) -> None:
         """Tell the successor that this process stays what it is."""

@@ -1,7 +1,7 @@
 """An HTTP/1.1 server on `http.server`'s classes that can be paused, resumed and drained.
 
 One thread, the loop, waits for everything that can arrive: connections on the
-listener, and the next request on each open connection. A connection on which a
+listeners, and the next request on each open connection. A connection on which a
 request is complete goes to one of a fixed number of workers, which parses it,
 calls the application, writes the answer, and gives the connection back. So
 neither an idle connection nor a slow client costs a thread. The loop alone owns
@@ -47,7 +47,7 @@ _NO_ROOM_TIME = 0.1
 
 
 class Server:
-    """Serves an application on a listener, once told to accept."""
+    """Serves an application on listeners, once told to accept."""
 
     def __init__(self, name: str, application: Callable[[Request], Response], limits: Limits) -> None:
         """Start the threads of a server that does not accept yet; `name` is for them."""
@@ -55,7 +55,8 @@ class Server:
         self.ends_connections = False
         """Whether each connection is closed behind its next answer."""
         self._application = application
-        self._listener: socket.socket | None = None
+        self._listeners: collections.deque[socket.socket] = collections.deque()
+        """The one that was accepted on last comes last: when there is no room, the others are first to get some."""
         self._accepting = False
         self._closing = False
         self._selector = selectors.DefaultSelector()
@@ -87,11 +88,12 @@ class Server:
 
     # What others ask for. Each returns when it is done.
 
-    def accept(self, listener: socket.socket) -> None:
-        """Accept on `listener`, which is non-blocking, and close it in the end."""
+    def accept(self, *listeners: socket.socket) -> None:
+        """Accept on `listeners`, which are non-blocking, and no others, and close them in the end."""
 
         def begin() -> None:
-            self._listener = listener
+            self._accept_no_more()
+            self._listeners = collections.deque(listeners)
             self._resume()
 
         self._call(begin)
@@ -105,20 +107,20 @@ class Server:
         self._call(lambda: self._pause(drain))
 
     def release(self, drain: float) -> None:
-        """Pause, and close the listener: the address is free for another process.
+        """Pause, and close the listeners: their addresses are free for another process.
 
-        The connections that wait in the listener's queue are taken first; they would be reset.
+        The connections that wait in the listeners' queues are taken first; they would be reset.
         """
 
         def release() -> None:
             self._accept_all_that_wait()
             self._pause(drain)
-            self._close_listener()
+            self._close_listeners()
 
         self._call(release)
 
     def resume(self) -> None:
-        """Accept again on the listener that was kept."""
+        """Accept again on the listeners that were kept."""
         self._call(self._resume)
 
     def beat(self, interval: float, act: Callable[[], None]) -> None:
@@ -136,8 +138,8 @@ class Server:
     def close(self, drain: float) -> None:
         """Stop for good: take nothing new, answer within `drain` seconds what is under way.
 
-        Connections that wait in the listener's queue are under way, too, unless the server is
-        paused: then the queue is another process's to serve.
+        Connections that wait in the listeners' queues are under way, too, unless the server is
+        paused: then the queues are another process's to serve.
         """
         if self._stopped:
             return
@@ -187,8 +189,8 @@ class Server:
                     self._run_calls()
                 elif isinstance(key.fileobj, Connection):
                     self._read_ready(key.fileobj)
-                elif self._accepting:
-                    self._accept_waiting(_ACCEPTS_AT_ONCE)
+                elif self._accepting and isinstance(key.fileobj, socket.socket):
+                    self._accept_waiting(key.fileobj, _ACCEPTS_AT_ONCE)
             self._expire(time.monotonic())
             if not self._open_connections():
                 self._empty.set()
@@ -229,20 +231,23 @@ class Server:
         self._drain_deadline = time.monotonic() + drain
 
     def _resume(self) -> None:
-        if self._listener is None or self._closing:
+        if not self._listeners or self._closing:
             return
-        self._listener.listen(BACKLOG)  # whoever shared it may have called shutdown(2)
+        for listener in self._listeners:
+            listener.listen(BACKLOG)  # whoever shared it may have called shutdown(2)
         self.ends_connections = False
         self._drained = False
         self._drain_deadline = None
         self._no_room_until = None
         if not self._accepting:
             self._accepting = True
-            self._selector.register(self._listener, selectors.EVENT_READ)
+            for listener in self._listeners:
+                self._selector.register(listener, selectors.EVENT_READ)
 
     def _accept_no_more(self) -> None:
-        if self._accepting and self._listener is not None:
-            self._selector.unregister(self._listener)
+        if self._accepting:
+            for listener in self._listeners:
+                self._selector.unregister(listener)
         self._accepting = False
         self._no_room_until = None
 
@@ -259,36 +264,38 @@ class Server:
         self._accept_no_more()
         self._no_room_until = time.monotonic() + _NO_ROOM_TIME
 
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            self._listeners.pop().close()
 
     def _accept_all_that_wait(self) -> None:
         if self._accepting or self._no_room_until is not None:
-            self._accept_waiting(None)
+            for listener in tuple(self._listeners):
+                self._accept_waiting(listener, None)
 
-    def _accept_waiting(self, count: int | None) -> None:
+    def _accept_waiting(self, listener: socket.socket, count: int | None) -> None:
         """Accept at most `count` connections, as long as there is room; without `count`, all that wait."""
-        assert self._listener is not None
         while count is None or count > 0:
             if count is not None and not self._has_room():
                 self._wait_for_room()
                 return
             try:
                 # Whether it blocks belongs to all who share it: a candidate may have changed that.
-                self._listener.setblocking(False)
-                connection, _ = self._listener.accept()
+                listener.setblocking(False)
+                connection, _ = listener.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:  # the client left while it waited
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL:  # as in _resume
-                    self._listener.listen(BACKLOG)
+                    listener.listen(BACKLOG)
                 else:  # no descriptors or no memory
                     self._wait_for_room()
                 return
+            if self._listeners[-1] is not listener:
+                self._listeners.remove(listener)
+                self._listeners.append(listener)
             if connection.family in {socket.AF_INET, socket.AF_INET6}:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._wait_for_request(Connection(connection, self), is_new=True)
@@ -398,14 +405,14 @@ class Server:
                 connection.connection.shutdown(socket.SHUT_RDWR)
 
     def _begin_close(self) -> None:
-        """Take what waits, close the listener, and let each client that is about to ask get its answer.
+        """Take what waits, close the listeners, and let each client that is about to ask get its answer.
 
         An open connection may have a request on its way, which nothing tells: a client that is active
         asks again within `last_call_time`, and its answer tells it that the connection ends.
         """
         self._accept_all_that_wait()
         self._accept_no_more()
-        self._close_listener()
+        self._close_listeners()
         self.ends_connections = self._closing = True
         self._drain_deadline = time.monotonic() + self.limits.last_call_time
 

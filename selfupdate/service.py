@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selfupdate import __version__, log, process, program, settings, signals, versions
@@ -44,6 +45,7 @@ from selfupdate.verify import verify
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from selfupdate.listener import Address, Listener
     from selfupdate.messages import Request, Response
     from selfupdate.original import Comeback
     from selfupdate.settings import Settings
@@ -111,20 +113,21 @@ class _Service:
         log.configure(dev=given.dev, version=__version__, generation=self._generation)
         threading.excepthook = _crash
         self._token = read_token(given.token_file) if given.token_file else None
-        self._inherited = next(iter(listeners.adopt(os.environ)), None)
         self._lifecycle = Lifecycle(Phase.STANDBY if self._incumbent else Phase.RUNNING)
         self._state = StateDirectory(given.state_dir)
         self._store = Store(given.state_dir, given.limits.candidate_size)
         self._journal = Journal(self._state.path / "journal")
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
+        self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
+        self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)))
         self._server = Server("http", self._respond, given.limits)
         self._stop_out, self._stop_in = socket.socketpair()
         self._trust = Trust(given, self._store, self._stop_out.fileno())
         self._compose()
         self._follow()
         self._standby: Standby | None = None
-        self._listeners: list[socket.socket] = []
+        self._listeners: Sequence[Listener] = ()
 
     def _compose(self) -> None:
         """Put together what answers and what upgrades, of the nouns that are there."""
@@ -193,18 +196,15 @@ class _Service:
                 settings=self._settings,
                 lifecycle=self._lifecycle,
                 journal=self._journal,
-                inherited=self._inherited,
+                places=self._places,
                 health=self._app.health,
                 accept=self._accept,
                 on_settled=self._signals.wake,
             )
             self._standby.begin()
         else:
-            listener = self._inherited or listeners.bind(self._settings.bind)
-            if not listeners.is_local(listener):
-                self._check_reach()
-            self._accept(listener)
-            self._manager.ready(f"{__version__} serves on {self._upgrader.bind}")
+            self._accept(listeners.listen(self._places))
+            self._manager.ready(f"{__version__} serves on {listeners.join(self._upgrader.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
@@ -268,7 +268,7 @@ class _Service:
     def _come_back(self, comeback: Comeback) -> int:
         """Execute the release that serves now; where that fails, stay with it as the process that is known."""
         with contextlib.ExitStack() as kept:
-            listeners = [kept.enter_context(listener.dup()).fileno() for listener in self._listeners]
+            passed = [replace(one, sock=kept.enter_context(one.sock.dup())) for one in self._listeners]
             self._server.close(0)
             self._signals.block()
             while (word := self._signals.next(0)) is not None:
@@ -280,15 +280,35 @@ class _Service:
             sys.stdout.flush()
             self._manager.alive()  # the next sign of life is the new version's
             try:
-                comeback.execute(os.environ, listeners, self._state.lock_fd)
+                comeback.execute(os.environ, passed, self._state.lock_fd)
             except OSError as error:
                 _log.error("cannot become the new version", extra={"reason": error.strerror})
                 comeback.give_up(error)
         return accompany(comeback.successor, self._signals, self._manager)
 
-    def _check_reach(self) -> None:
+    def _find_places(self) -> list[Address | Listener]:
+        """Return what is to be served: addresses, and sockets that were passed on. Raises StartError."""
+        passed = listeners.adopt(os.environ)
+        if self._incumbent:
+            passed = self._incumbent.recognise(passed)
+        places = listeners.choose(self._settings.bind, passed)
+        for listener in passed:
+            if listener in places:
+                self._check_reach(listener)
+            else:
+                _log.warning("a socket that was passed on is not served", extra={"socket": listener.name})
+                listener.sock.close()
+        if not self._incumbent and "bind" in self._settings.given:
+            for address in self._settings.bind:
+                if not address.passed and address not in places:
+                    _log.warning("sockets were passed on: an address is not bound", extra={"bind": str(address)})
+        return places
+
+    def _check_reach(self, listener: Listener) -> None:
         """Refuse to serve others with less than `-bind` would ask for. Raises StartError."""
-        what = "the socket that was passed on can be reached from other machines"
+        if listeners.is_local(listener.sock):
+            return
+        what = f"the socket that was passed on for {listener.address} can be reached from other machines"
         if self._settings.insecure_allow_unsigned:
             raise StartError(f"{what}, and signatures are not checked; give -allowed-signers FILE")
         if self._token is None:
@@ -297,12 +317,12 @@ class _Service:
     def _respond(self, request: Request) -> Response:
         return self._app.respond(request)
 
-    def _accept(self, listener: socket.socket) -> None:
-        self._upgrader.serve_on(listener)
-        self._listeners = [listener]
-        self._server.accept(listener)
-        self._state.sign(str(self._upgrader.bind))
-        _log.info("serving", extra={"bind": str(self._upgrader.bind)})
+    def _accept(self, found: Sequence[Listener]) -> None:
+        self._upgrader.serve_on(found)
+        self._listeners = found
+        self._server.accept(*(listener.sock for listener in found))
+        self._state.sign(str(self._upgrader.binds[0]))
+        _log.info("serving", extra={"bind": listeners.join(self._upgrader.binds)})
 
     def _open_state(self) -> StateError | None:
         """Be the only service on the state directory, or its service's successor, and put it in order.
@@ -368,7 +388,7 @@ class _Service:
         """Wait until a plain incumbent has let go of the state directory."""
         try:
             self._state.lock(wait=True)
-            self._state.sign(str(self._upgrader.bind))
+            self._state.sign(str(self._upgrader.binds[0]))
             self._journal.open()
         except StateError as error:
             _log.error("the history is kept in memory alone", extra={"reason": str(error)})
@@ -402,9 +422,8 @@ class _Service:
         self._manager.stopping()
         if self._standby:
             self._standby.end()
+        self._remove_paths()
         self._server.close(self._settings.drain)
-        if self._lifecycle.phase is Phase.STOPPING and self._listeners:
-            listeners.remove(self._settings.bind)
         if self._lifecycle.phase is Phase.STOPPING:
             self._lifecycle.step(Event.STOPPED)
         _log.info("stopped")
@@ -421,6 +440,17 @@ class _Service:
             return 0
         os.kill(serving.pid, signal.SIGTERM)
         return accompany(serving, self._signals, self._manager)
+
+    def _remove_paths(self) -> None:
+        """Remove the paths of this service's Unix sockets, if nobody will serve there any more."""
+        if self._lifecycle.phase is not Phase.STOPPING or (self._incumbent and self._incumbent.may_serve_again):
+            return
+        for listener in self._listeners:
+            listener.remove()
+
+
+def _address_of(place: Address | Listener) -> Address:
+    return place.address if isinstance(place, listeners.Listener) else place
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfupdate.errors import UsageError, VersionError
-from selfupdate.listener import Address, is_loopback, parse_address
+from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
 from selfupdate.sshformat import is_namespace
 from selfupdate.versions import parse_specifiers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from packaging.specifiers import SpecifierSet
 
@@ -114,15 +114,21 @@ class Flag:
         """Whether the flag may stand without a value."""
         return self.parse is _switch
 
+    @property
+    def is_list(self) -> bool:
+        """Whether the flag may be given more than once, and means all of it; the variable has commas between."""
+        return self.parse is parse_addresses
+
 
 _TRUST, _CALL = "trust", "call"
 _FILE = "a file"
 _DURATION = "a duration such as 500ms, 10s or 2m, of at most 24h"
 _BOOLEAN = "true or false"
 _ADDRESS = "an address such as localhost:8080, :8080, [::1]:8080 or unix:/path"
+_ADDRESSES = f"{_ADDRESS}, or fd:NAME for a socket that is passed on; several with commas between"
 
 FLAGS = (
-    Flag("bind", "localhost:8080", parse_address, _ADDRESS, "where the service listens"),
+    Flag("bind", "localhost:8080", parse_addresses, _ADDRESSES, "where the service listens; may be given again"),
     Flag("dev", "false", _switch, _BOOLEAN, "write logs for people, with debug lines, instead of JSON"),
     Flag("upgrade", "false", _switch, _BOOLEAN, "stand by as a successor; passed by an incumbent only"),
     Flag("upgrade-bind", "localhost:8081", parse_address, _ADDRESS, "where a successor listens until it takes over"),
@@ -207,7 +213,7 @@ class Limits:
 class Settings:
     """Everything that was set, for the life of the process."""
 
-    bind: Address
+    bind: tuple[Address, ...]
     dev: bool
     upgrade: bool
     upgrade_bind: Address
@@ -274,11 +280,19 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for flag in FLAGS:
         values[flag.attribute] = flag.parse(given[flag.name]) if flag.name in given else _default(flag)
-    if values["bind"] == values["upgrade_bind"] and (values["bind"].port or values["bind"].path):
-        raise UsageError(f"-upgrade-bind got {values['bind']}, as -bind did; it takes another address")
+    _check_distinct(values["bind"], values["upgrade_bind"])
     if values["state_dir"] is None:
         values["state_dir"] = _default_state_dir(environ)
     return Settings(given={name: text for name, text in given.items() if name not in _ABOUT_THE_CALL}, **values)
+
+
+def _check_distinct(bind: Sequence[Address], upgrade_bind: Address) -> None:
+    """Check that no address is given twice; port 0 is another one each time. Raises UsageError."""
+    for address in filter(lambda address: address.is_fixed, bind):
+        if bind.count(address) > 1:
+            raise UsageError(f"-bind got {address} twice; it takes each address once")
+        if address == upgrade_bind:
+            raise UsageError(f"-upgrade-bind got {address}, as -bind did; it takes another address")
 
 
 def check(settings: Settings) -> None:
@@ -294,25 +308,34 @@ def check(settings: Settings) -> None:
         raise UsageError("-revoked-keys goes with -allowed-signers; for OpenPGP, revoke the key in the keyring")
     if settings.insecure_allow_unsigned and has_root:
         raise UsageError("-insecure-allow-unsigned was given with a list of signers; leave one of them out")
-    if is_loopback(settings.bind):
+    exposed = _exposed(settings.bind)
+    if exposed is None:
         return
     if settings.insecure_allow_unsigned:
         raise UsageError(
-            f"-insecure-allow-unsigned was given, and {settings.bind} can be reached from other machines; "
+            f"-insecure-allow-unsigned was given, and {exposed} can be reached from other machines; "
             "give -allowed-signers FILE instead, or bind a loopback address"
         )
     if settings.token_file is None:
         raise UsageError(
-            f"{settings.bind} can be reached from other machines; give the token that a POST must bear "
+            f"{exposed} can be reached from other machines; give the token that a POST must bear "
             "with -token-file FILE, or bind a loopback address"
         )
 
 
 def _implies_unsigned(arguments: Mapping[str, str], given: Mapping[str, str]) -> bool:
     """Tell whether `-dev` implies `-insecure-allow-unsigned`: as a flag, on loopback, where nothing else was said."""
-    bind = parse_address(given.get("bind", _BY_NAME["bind"].default or ""))
+    bind = parse_addresses(given.get("bind", _BY_NAME["bind"].default or ""))
     said = given.keys() & {"allowed-signers", "keyring", "insecure-allow-unsigned"}
-    return _SWITCH[arguments.get("dev", "false")] and not said and is_loopback(bind)
+    return _SWITCH[arguments.get("dev", "false")] and not said and _exposed(bind) is None
+
+
+def _exposed(bind: Iterable[Address]) -> Address | None:
+    """Return the first address that other machines can reach, if any.
+
+    Where a socket that is passed on can be reached from shows when it is there: the service checks it then.
+    """
+    return next((address for address in bind if not address.passed and not is_loopback(address)), None)
 
 
 def _default(flag: Flag) -> Any:
@@ -340,7 +363,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_arguments(arguments: list[str]) -> dict[str, str]:
-    given = {}
+    given: dict[str, str] = {}
     switch = ""
     while arguments:
         argument = arguments.pop(0)
@@ -357,7 +380,10 @@ def _from_arguments(arguments: list[str]) -> dict[str, str]:
                 text = arguments.pop(0)
             else:
                 raise UsageError(f"-{name} has no value; it takes {flag.takes}")
-        given[flag.name] = _checked(flag, text, f"-{name}")
+        text = _checked(flag, text, f"-{name}")
+        if flag.is_list and flag.name in given:
+            text = _checked(flag, f"{given[flag.name]},{text}", f"-{name}")
+        given[flag.name] = text
     return given
 
 

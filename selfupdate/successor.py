@@ -30,7 +30,7 @@ from selfupdate.listener import Address, connect, owners_of
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from _typeshed import WriteableBuffer
 
@@ -77,16 +77,16 @@ class Successor:
     announces_itself = False
     """Whether it is known that it does, and need not be looked for."""
 
-    def __init__(self, version: str, settings: Settings, bind: Address, upgrade_bind: Address) -> None:
-        """Prepare for one that is `version`, and stands by at `upgrade_bind` to serve on `bind`."""
+    def __init__(self, version: str, settings: Settings, binds: Sequence[Address], upgrade_bind: Address) -> None:
+        """Prepare for one that is `version`, and stands by at `upgrade_bind` to serve on `binds`."""
         self.shares_listener = False
-        """Whether it serves on the inherited socket."""
+        """Whether it serves on the inherited sockets."""
         self.can_hand_back = False
         """Whether this process can become it: it would hand over to that, and leave."""
         self._version = version
         self._settings = settings
         self._limits = settings.limits
-        self._bind = bind
+        self._binds = tuple(binds)
         self._upgrade_bind = upgrade_bind
         self._secret = secrets.token_urlsafe(32)
         self._process: process.Process | process.Parent | None = None
@@ -189,21 +189,21 @@ class Successor:
             detail = f": {answer['detail']}" if isinstance(answer.get("detail"), str) else ""
             raise SuccessorError(f"did not take over: it answered {status}{detail}", "handover-refused")
         if not self.shares_listener:
-            self._wait_until_bound(time.monotonic() + self._limits.rebind_time)
+            deadline = time.monotonic() + self._limits.rebind_time
+            for bind in self._binds:
+                self._wait_until_bound(bind, deadline)
 
     def watch(self, seconds: float) -> None:
-        """Watch its process and its health on the service's address. Raises SuccessorError."""
-        doing = "on trial"
+        """Watch its process and its health on the service's first address. Raises SuccessorError."""
+        doing, bind = "on trial", self._binds[0]
         end = time.monotonic() + seconds
         while True:
             deadline = time.monotonic() + self._limits.health_time
-            status, health = self._get(self._bind, "/healthz", deadline, doing)
+            status, health = self._get(bind, "/healthz", deadline, doing)
             if status >= http.client.INTERNAL_SERVER_ERROR:
                 raise SuccessorError(f"is not healthy: it answered {status} on trial", "trial-unhealthy")
             if health.get("pid", self.pid) != self.pid:
-                raise SuccessorError(
-                    f"does not serve on {self._bind}: process {health['pid']!r} does", "trial-other-process"
-                )
+                raise SuccessorError(f"does not serve on {bind}: process {health['pid']!r} does", "trial-other-process")
             if time.monotonic() >= end:
                 return
             self.wait(min(end, time.monotonic() + self._limits.health_interval), doing)
@@ -299,18 +299,18 @@ class Successor:
             return False
         return health.get("pid") == self.pid
 
-    def _wait_until_bound(self, deadline: float) -> None:
+    def _wait_until_bound(self, bind: Address, deadline: float) -> None:
         while True:
             try:
-                connect(self._bind, self._limits.replace_time).close()
+                connect(bind, self._limits.replace_time).close()
             except OSError as error:
                 if time.monotonic() >= deadline:
                     raise SuccessorError(
-                        f"did not take over: it said so, and does not listen on {self._bind}: {error.strerror}",
+                        f"did not take over: it said so, and does not listen on {bind}: {error.strerror}",
                         "handover-bind",
                     ) from None
             else:
-                self._check_owner(self._bind, "-bind", "after it was to take over")
+                self._check_owner(bind, "-bind", "after it was to take over")
                 return
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), "after it was to take over")
 

@@ -44,11 +44,11 @@ from selfupdate.recovery import settle
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from selfupdate.candidates import Scanner
     from selfupdate.journal import Journal, Record
-    from selfupdate.listener import Address
+    from selfupdate.listener import Address, Listener
     from selfupdate.program import Program
     from selfupdate.releases import Store
     from selfupdate.server import Server
@@ -99,8 +99,8 @@ class Upgrader:
         self._server = server
         self._on_retired = on_retired
         self._on_stop = on_stop
-        self._bind = settings.bind
-        self._listener: socket.socket | None = None
+        self._binds = settings.bind
+        self._listeners: tuple[Listener, ...] = ()
         self._successor: Successor | None = None
         self.comeback: Comeback | None = None
         """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
@@ -110,10 +110,10 @@ class Upgrader:
         self._idle.set()
         self._stop_out, self._stop_in = stop
 
-    def serve_on(self, listener: socket.socket) -> None:
+    def serve_on(self, listeners: Sequence[Listener]) -> None:
         """Remember what the service listens on, to hand it over."""
-        self._listener = listener
-        self._bind = listeners.address_of(listener, self._settings.bind)
+        self._listeners = tuple(listeners)
+        self._binds = tuple(listener.address for listener in listeners)
 
     @property
     def successor(self) -> int | None:
@@ -121,9 +121,9 @@ class Upgrader:
         return self._successor.pid if self._successor else None
 
     @property
-    def bind(self) -> Address:
-        """The address of the service, with the port that it really has."""
-        return self._bind
+    def binds(self) -> tuple[Address, ...]:
+        """The addresses of the service, with the ports that it really has."""
+        return self._binds
 
     def upgrade(self, name: str | None = None) -> Record | None:
         """Begin an upgrade, to the candidate `name` or to the greatest; return its record, or None if nothing is newer.
@@ -184,7 +184,7 @@ class Upgrader:
     def hand_back(self, channel: socket.socket, original: int) -> None:
         """Begin to hand over to the process `original`, which this one came from, and which becomes this version."""
         self._idle.clear()
-        successor = Original(channel, original, self._program.version, self._settings, self._bind)
+        successor = Original(channel, original, self._program.version, self._settings, self._binds)
         threading.Thread(target=self._drive_back, args=(successor,), name="hand-back", daemon=True).start()
 
     def _claim(self, kind: str, **fields: Any) -> Record:
@@ -231,7 +231,8 @@ class Upgrader:
         """Hand over to the original process, or serve on as the process that this one is."""
         self._successor = original
         try:
-            original.call(self._hello(self._generation, self._program.sha256), 1, self._stop_out.fileno())
+            hello = self._hello(self._generation, self._program.sha256, self._listeners)
+            original.call(hello, len(self._listeners), self._stop_out.fileno())
             original.wait_for_standby()
             self._pass_on(original, self._lifecycle.step, probation=0)  # this release has passed its trial
             self._lifecycle.step(Event.BLESSED)
@@ -313,32 +314,49 @@ class Upgrader:
                 "handover-bind",
                 "stop what listens there, or give another one with -upgrade-bind",
             ) from error
-        successor = self._spawn(candidate, upgrade_bind, self._listener)
+        successor = self._spawn(candidate, upgrade_bind, self._listeners)
         if not successor.shares_listener:
-            _log.info("the successor speaks the plain protocol, and is started again without the listener")
+            self._check_can_bind(candidate.release.name)
+            _log.info("the successor speaks the plain protocol, and is started again without the listeners")
             successor.terminate()
             successor.end(self._settings.limits.kill_time)
-            successor = self._spawn(candidate, upgrade_bind, None)
+            successor = self._spawn(candidate, upgrade_bind, ())
         return successor
 
-    def _spawn(self, candidate: Candidate, upgrade_bind: Address, listener: socket.socket | None) -> Child:
+    def _check_can_bind(self, name: str) -> None:
+        """Check that the plain successor `name` can bind each address. Raises UpgradeError.
+
+        A service manager keeps a copy of what it passed on: nobody could bind that address, nor this process
+        again, once it has let go of the socket.
+        """
+        passed = [listener.address for listener in self._listeners if not listener.is_own]
+        if passed:
+            raise UpgradeError(
+                f"{name} speaks the plain protocol, and cannot bind what the service manager holds: "
+                f"{listeners.join(passed)}",
+                "handover-bind",
+                "let it serve on the sockets that are passed on, and say X_SELF_UPDATE=1; or bind without the manager",
+            )
+
+    def _spawn(self, candidate: Candidate, upgrade_bind: Address, shared: Sequence[Listener]) -> Child:
         assert candidate.release is not None
-        successor = Child(candidate.release, str(candidate.version), self._settings, self._bind, upgrade_bind)
+        successor = Child(candidate.release, str(candidate.version), self._settings, self._binds, upgrade_bind)
         self._successor = successor
-        hello = self._hello(self._generation + 1, candidate.release.sha256)
-        successor.start(listener, self._lock_fd, hello, os.environ, self._stop_out.fileno())
+        hello = self._hello(self._generation + 1, candidate.release.sha256, shared)
+        successor.start(shared, self._lock_fd, hello, os.environ, self._stop_out.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
         successor.wait_for_standby()
         return successor
 
-    def _hello(self, generation: int, sha256: str | None) -> dict[str, object]:
-        """Return what a successor must know."""
+    def _hello(self, generation: int, sha256: str | None, shared: Sequence[Listener]) -> dict[str, object]:
+        """Return what a successor must know, which gets the listeners `shared`."""
         return {
             "generation": generation,
             "program": str(self._program.path) if self._program.path else None,
             "sha256": sha256,
             "installed": self._program.installed,
             "trust": self._settings.trust,
+            "listeners": [[str(listener.address), listener.is_own] for listener in shared],
         }
 
     def _hand_over(self, successor: Successor) -> None:
@@ -346,6 +364,8 @@ class Upgrader:
         if successor.shares_listener:
             self._server.pause(self._settings.drain)
         else:
+            for listener in self._listeners:
+                listener.remove()
             self._server.release(self._settings.drain)
         successor.replace()
 
@@ -399,24 +419,31 @@ class Upgrader:
             self._idle.set()
 
     def _serve_again(self) -> None:
-        """Accept again: at once on a listener that was kept, or as soon as the address is free."""
+        """Accept again: at once on listeners that were kept, or on each address as soon as it is free."""
         if self._successor is None or self._successor.shares_listener:
             self._server.resume()
             return
         self._successor.end(0)
+        bound: dict[Address, Listener] = {}
         has_said = False
         while True:
-            try:
-                listener = listeners.bind(self._bind)
+            for address in self._binds:
+                if address in bound:
+                    continue
+                try:
+                    (bound[address],) = listeners.listen([address])
+                except StartError as error:
+                    if not has_said:
+                        _log.error("cannot serve again yet", extra={"reason": str(error)})
+                    has_said = True
+                else:
+                    self._server.accept(*(listener.sock for listener in bound.values()))
+                    _log.info("serving again", extra={"bind": str(address)})
+            if len(bound) == len(self._binds):
                 break
-            except StartError as error:
-                if not has_said:
-                    _log.error("cannot serve again yet", extra={"reason": str(error)})
-                has_said = True
             if ready([self._stop_out.fileno()], time.monotonic() + self._settings.limits.poll_interval):
                 return
-        self._listener = listener
-        self._server.accept(listener)
+        self._listeners = tuple(bound[address] for address in self._binds)
 
     def _stop_both(self, upgrade_id: str | None, error: StopRequestedError) -> None:
         """End the successor first, which answers what it has accepted; then this process takes what still waits."""

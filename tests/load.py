@@ -1,6 +1,6 @@
 """A load generator: clients that ask without pause, and count what becomes of each request.
 
-Run as a program, with the service's host and port: it asks until its standard
+Run as a program, with the service's host and port, or the path of its Unix socket: it asks until its standard
 input ends, and answers each line there with the figures since the last one, as
 one line of JSON. `Load` runs it so. Half of the clients keep their connection,
 half make one for each request; they ask with GET, and with POST and a body.
@@ -19,6 +19,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+Place = tuple[str, int] | str
+"""Host and port, or the path of a Unix socket."""
 
 KEEPING, SINGLE = 8, 8
 TIMEOUT = 30.0
@@ -47,6 +50,17 @@ class Figures:
     """The time that these figures are of."""
 
 
+def _connect(address: Place) -> socket.socket:
+    if isinstance(address, str):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(TIMEOUT)
+        connection.connect(address)
+        return connection
+    connection = socket.create_connection(address, TIMEOUT)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
 class _EndedBetweenAnswersError(Exception):
     pass
 
@@ -54,7 +68,7 @@ class _EndedBetweenAnswersError(Exception):
 class _Client:
     """One client, in a thread of its own."""
 
-    def __init__(self, generator: _Generator, address: tuple[str, int], *, keeps: bool) -> None:
+    def __init__(self, generator: _Generator, address: Place, *, keeps: bool) -> None:
         self._generator = generator
         self._address = address
         self._keeps = keeps
@@ -80,8 +94,7 @@ class _Client:
 
     def _ask(self, request: bytes) -> tuple[int, bytes]:
         if self._connection is None:
-            self._connection = socket.create_connection(self._address, TIMEOUT)
-            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connection = _connect(self._address)
             self._is_used = False
         try:
             self._connection.sendall(request)
@@ -120,7 +133,7 @@ class _Client:
 
 
 class _Generator:
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: Place) -> None:
         self.stopping = False
         self._lock = threading.Lock()
         self._figures = Figures()
@@ -166,9 +179,10 @@ class _Generator:
 class Load:
     """The generator as a process of its own, so that it and the tests do not slow each other down."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: Place) -> None:
+        where = [address] if isinstance(address, str) else [address[0], str(address[1])]
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), address[0], str(address[1])],
+            [sys.executable, str(Path(__file__).resolve()), *where],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -199,7 +213,8 @@ class Load:
 
 def main() -> None:
     """Run the generator."""
-    generator = _Generator((sys.argv[1], int(sys.argv[2])))
+    path, *port = sys.argv[1:]
+    generator = _Generator((path, int(port[0])) if port else path)
     for _ in sys.stdin:
         print(json.dumps(generator.take()), flush=True)
     generator.stop()

@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,12 +18,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 PATIENCE = 30.0
 """Seconds that a test waits for an event before it fails; no test takes that long."""
 
 Line = dict[str, Any]
+
+Place = tuple[str, int] | str
+"""Where a service is reached: host and port, or the path of a Unix socket."""
+
+
+def connect(place: Place, timeout: float = PATIENCE) -> socket.socket:
+    """Return a connection to `place`."""
+    if isinstance(place, tuple):
+        return socket.create_connection(place, timeout)
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(timeout)
+    client.connect(place)
+    return client
+
+
+def places(bind: str) -> list[Place]:
+    """Read the addresses that a service says it serves on."""
+    found: list[Place] = []
+    for text in bind.split(","):
+        host, _, port = text.rpartition(":")
+        found.append(port if host == "unix" else (host, int(port)))
+    return found
+
 
 # Successors outlive the process that started them. With this process as their new parent (prctl(2),
 # PR_SET_CHILD_SUBREAPER), it learns how each of them ended, and reaps it.
@@ -47,6 +71,15 @@ def is_checked(flags: tuple[str, ...]) -> bool:
     return any(flag in {"-allowed-signers", "-keyring", "-dev", "-upgrades-off"} for flag in flags)
 
 
+def as_manager(fds: Sequence[int]) -> list[str]:
+    """Return what starts a program with `fds` as its descriptors 3, 4, …, as sd_listen_fds(3) has it."""
+    places = range(3, 3 + len(fds))
+    high = "".join(f" {fd + 100}<&{fd}" for fd in fds)
+    low = "".join(f" {place}<&{fd + 100} {fd + 100}<&-" for place, fd in zip(places, fds, strict=True))
+    script = f'export LISTEN_FDS={len(fds)} LISTEN_PID=$$; exec{high}; exec "$0" "$@"{low}'
+    return ["/bin/bash", "-c", script]
+
+
 class Service:
     """A process that was started from a program, with its successors, until none is left."""
 
@@ -57,7 +90,9 @@ class Service:
         *flags: str,
         environ: Mapping[str, str] | None = None,
         user: int | None = None,
+        passed: Sequence[socket.socket] = (),
     ) -> None:
+        """Pass on the listening sockets `passed`, as a service manager does; LISTEN_FDNAMES is in `environ`."""
         self.upgrade_dir = directory / "upgrades"
         self.upgrade_dir.mkdir(parents=True, exist_ok=True)
         self.program = directory / "self-update"
@@ -68,6 +103,9 @@ class Service:
         """How each process that has ended did so."""
         self.state_dir = directory / "state"
         self._user = user
+        self._fds = [listener.fileno() for listener in passed]
+        self._before = as_manager(self._fds) if passed else []
+        self._says_where = bool(passed) or "-bind" in flags or "SELF_UPDATE_BIND" in (environ or {})
         self._flags = (*(() if is_checked(flags) else ("-insecure-allow-unsigned",)), *flags)
         self._directory = directory
         self._environ = {**os.environ, **(environ or {})}
@@ -79,8 +117,10 @@ class Service:
         self._ended = False
         self.process = subprocess.Popen(
             [
+                *self._before,
                 str(self.program),
-                *("-bind", "localhost:0", "-upgrade-bind", "localhost:0"),
+                *(() if self._says_where else ("-bind", "localhost:0")),
+                *("-upgrade-bind", "localhost:0"),
                 *("-state-dir", str(self.state_dir), "-upgrade-dir", str(self.upgrade_dir)),
                 *self._flags,
             ],
@@ -90,6 +130,7 @@ class Service:
             start_new_session=True,
             cwd=self._directory,
             user=self._user,
+            pass_fds=self._fds,
         )
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -101,7 +142,7 @@ class Service:
 
     def survivor(self) -> Any:
         """Return the status when somebody serves for good, or None when no process is left."""
-        address = self.address
+        address = self.places[0]
         deadline = time.monotonic() + PATIENCE
         while not self._ended:
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -157,9 +198,13 @@ class Service:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it serves."""
-        host, _, port = self.line(message="serving")["bind"].rpartition(":")
-        return host, int(port)
+        """Where it serves: the first host and port."""
+        return next(place for place in self.places if isinstance(place, tuple))
+
+    @property
+    def places(self) -> list[Place]:
+        """All that it serves on."""
+        return places(self.line(message="serving")["bind"])
 
     def ask(
         self,
@@ -167,12 +212,14 @@ class Service:
         path: str,
         body: object = None,
         headers: Mapping[str, str] | None = None,
-        address: tuple[str, int] | None = None,
+        address: Place | None = None,
         timeout: float = PATIENCE,
     ) -> Answer:
         """Send one request over a connection of its own."""
-        connection = http.client.HTTPConnection(*(address or self.address), timeout=timeout)
+        place = address or self.places[0]
+        connection = http.client.HTTPConnection(*(place if isinstance(place, tuple) else ("localhost",)))
         try:
+            connection.sock = connect(place, timeout)
             connection.request(method, path, None if body is None else json.dumps(body), dict(headers or {}))
             return Answer(connection.getresponse())
         finally:

@@ -654,6 +654,9 @@ VALUES = (
     ),
     *(
         "unix:/x",
+        "unix:@x",
+        "unix:/x,:0,fd:web",
+        "fd:web,fd:web",
         "unix:/\n",
         "unix:/\ud800",
         "unix:/" + "x" * 200,

@@ -362,7 +362,7 @@ def test_what_is_no_release_is_not_started(store: Store, candidate: Path, what: 
     """The same for a successor, which is not even prepared with anything else."""
     unverified: Any = {"path": candidate, "name": str(candidate), "copy": store.stage(candidate)}[what]
     given = settings.parse([], {"HOME": "/"})
-    addresses = (parse_address("localhost:0"), parse_address("localhost:0"))
+    addresses = ([parse_address("localhost:0")], parse_address("localhost:0"))
     Child(Release(store.stage(candidate), ()), "2.0.0", given, *addresses)
     with pytest.raises((AssertionError, AttributeError, TypeError)):
         Child(unverified, "2.0.0", given, *addresses)

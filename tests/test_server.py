@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import selectors
 import socket
 import struct
 import threading
@@ -22,6 +23,7 @@ from selfupdate.settings import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 GET = b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n"
 _NUMBERS = itertools.count()
@@ -333,3 +335,61 @@ def test_the_last_answer_is_not_lost_to_a_reset(make: Callable[..., Site]) -> No
         with site.connect() as client:
             client.sendall(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n" + b"x" * 60000)
             assert read_all(client).startswith(b"HTTP/1.1 413 ")
+
+
+def test_several_listeners_are_served_alike(make: Callable[..., Site], tmp_path: Path) -> None:
+    """Accepting, pausing, resuming and closing mean all of them, whatever their kind."""
+    site = make()
+    path = Address(path=str(tmp_path / "s"))
+    site.server.accept(site.listener, listeners.bind(path))
+    ask = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    for _ in range(2):
+        with site.connect() as one, listeners.connect(path, PATIENCE) as other:
+            for client in (one, other):
+                client.sendall(ask)
+                assert b"200 OK" in read_all(client)
+        site.server.pause(PATIENCE)
+        with site.connect() as one, listeners.connect(path, PATIENCE) as other:
+            for client in (one, other):
+                client.sendall(ask)
+                client.settimeout(0.1)
+                with pytest.raises(TimeoutError):
+                    client.recv(1)
+                client.settimeout(PATIENCE)
+            site.server.resume()
+            for client in (one, other):
+                assert b"200 OK" in read_all(client)
+    with site.connect() as one, listeners.connect(path, PATIENCE) as other:
+        site.server.release(PATIENCE)
+        for client in (one, other):
+            client.sendall(ask)
+            assert b"200 OK" in read_all(client)
+        with pytest.raises(ConnectionRefusedError):
+            site.connect()
+        with pytest.raises(ConnectionRefusedError):
+            listeners.connect(path, PATIENCE)
+
+
+def test_a_crowd_on_one_listener_leaves_room_for_another(make: Callable[..., Site]) -> None:
+    """When there is no more room, what becomes free goes to each listener in turn."""
+    site = make(connections=4, threads=2, linger_time=0.2)
+    quiet = listeners.bind(Address("localhost", 0))
+    quiet_address = quiet.getsockname()
+    site.server.accept(site.listener, quiet)
+    ask = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    site.server.pause(PATIENCE)
+    with contextlib.ExitStack() as clients:
+        crowd = [clients.enter_context(site.connect()) for _ in range(100)]
+        for client in crowd:
+            client.sendall(ask)
+        alone = clients.enter_context(socket.create_connection(quiet_address, PATIENCE))
+        alone.sendall(ask)
+        site.server.resume()
+        assert b"200 OK" in read_all(alone)
+        with selectors.DefaultSelector() as answered:
+            for client in crowd:
+                answered.register(client, selectors.EVENT_READ)
+            assert len(answered.select(0)) <= 3 * site.server.limits.connections
+        for client in crowd:
+            assert b"200 OK" in read_all(client)
+            client.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfupdate.errors import UsageError
-from selfupdate.listener import Address
+from selfupdate.listener import MAX_SOCKETS, Address, join
 from selfupdate.settings import FLAGS, Flag, check, parse, parse_duration, usage
 
 HOME = {"HOME": "/home/somebody"}
@@ -17,7 +17,7 @@ HOME = {"HOME": "/home/somebody"}
 def test_the_defaults() -> None:
     """Without flags, everything is as the README says."""
     settings = parse([], HOME)
-    assert settings.bind == Address("localhost", 8080)
+    assert settings.bind == (Address("localhost", 8080),)
     assert settings.upgrade_bind == Address("localhost", 8081)
     assert settings.upgrade_dir == Path("upgrades")
     assert settings.state_dir == Path("/home/somebody/.local/state/self-update")
@@ -28,17 +28,17 @@ def test_the_defaults() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-bind", ":90"],
-        ["--bind", ":90"],
-        ["-bind=:90"],
-        ["--bind=:90"],
-        ["-bind", ":80", "-bind=:90"],
-        ["-dev", "-bind", ":90"],
+        ["-drain", "9s"],
+        ["--drain", "9s"],
+        ["-drain=9s"],
+        ["--drain=9s"],
+        ["-drain", "8s", "-drain=9s"],
+        ["-dev", "-drain", "9s"],
     ],
 )
 def test_the_forms_of_a_flag(arguments: list[str]) -> None:
     """One dash or two, with = or a space; the last one counts."""
-    assert parse(arguments, HOME).bind == Address("", 90)
+    assert parse(arguments, HOME).drain == 9.0
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,38 @@ def test_the_forms_of_a_switch(arguments: list[str], dev: bool) -> None:  # noqa
         (":0", Address("", 0)),
         ("[::1]:8080", Address("::1", 8080)),
         ("unix:/run/it.sock", Address(path="/run/it.sock")),
+        ("unix:@it", Address(path="@it")),
+        ("fd:web", Address(passed="web")),
+        ("fd:it.socket", Address(passed="it.socket")),
+        ("fd:8080", Address(passed="8080")),
     ],
 )
 def test_addresses(text: str, address: Address) -> None:
     """Each form is read, and is shown as it is read."""
-    assert parse(["-bind", text], HOME).bind == address
+    assert parse(["-bind", text], HOME).bind == (address,)
     assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ"),
+    [
+        (["-bind", ":80", "-bind", "unix:/x", "-bind=fd:web"], {}),
+        (["-bind", ":80,unix:/x,fd:web"], {}),
+        (["-bind", ":80,unix:/x", "--bind=fd:web"], {}),
+        ([], {"SELF_UPDATE_BIND": ":80,unix:/x,fd:web"}),
+        (["-bind", ":80", "-bind", "unix:/x", "-bind", "fd:web"], {"SELF_UPDATE_BIND": ":1,:2"}),
+    ],
+)
+def test_several_addresses(arguments: list[str], environ: dict[str, str]) -> None:
+    """Given again, or with commas, in that order; the command line as a whole wins over the environment."""
+    settings = parse(arguments, HOME | environ)
+    assert settings.bind == (Address("", 80), Address(path="/x"), Address(passed="web"))
+    assert join(settings.bind) == settings.given["bind"] == ":80,unix:/x,fd:web"
+
+
+def test_port_0_is_another_port_each_time() -> None:
+    """It may be asked for again, and beside itself for the successor."""
+    assert len(parse(["-bind", "localhost:0,localhost:0", "-upgrade-bind", "localhost:0"], HOME).bind) == 2
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,19 @@ def test_durations(text: str, seconds: float) -> None:
         (["-dev", "yes"], {}, "'yes' is not a flag; -help lists the flags; -dev takes true or false"),
         (["-drain", "600h"], {}, "-drain got '600h'; it takes a duration"),
         (["-bind", ":80", "-upgrade-bind", ":80"], {}, "-upgrade-bind got :80, as -bind did; it takes another address"),
+        (["-bind", ":1,:80", "-upgrade-bind", ":80"], {}, "-upgrade-bind got :80, as -bind did; it takes another"),
+        (["-bind", ":80", "-bind", ":80"], {}, "-bind got :80 twice; it takes each address once"),
+        (["-bind", "fd:a,:1,fd:a"], {}, "-bind got fd:a twice; it takes each address once"),
+        (["-bind", ":1"], {"SELF_UPDATE_BIND": ":80,80"}, "SELF_UPDATE_BIND got ':80,80'; it takes an address such as"),
+        ([], {"SELF_UPDATE_BIND": "unix:/x,unix:/x"}, "-bind got unix:/x twice; it takes each address once"),
+        (["-bind", ":80,"], {}, "-bind got ':80,'; it takes an address such as"),
+        (["-bind", "unix:/a,b"], {}, "-bind got 'unix:/a,b'; it takes an address such as"),
+        (["-upgrade-bind", "unix:/a,b"], {}, "-upgrade-bind got 'unix:/a,b'; it takes an address such as"),
+        (["-upgrade-bind", "fd:web"], {}, "-upgrade-bind got 'fd:web'; it takes an address such as"),
+        (["-bind", "unix:@"], {}, "-bind got 'unix:@'; it takes an address such as"),
+        (["-bind", "fd:"], {}, "-bind got 'fd:'; it takes an address such as"),
+        (["-bind", "fd:a:b"], {}, "-bind got 'fd:a:b'; it takes an address such as"),
+        (["-bind=:0"] * (MAX_SOCKETS + 1), {}, "-bind got ':0,:0,"),
         (["-bind"], {}, "-bind has no value; it takes an address such as"),
         (["-bind", "8080"], {}, "-bind got '8080'; it takes an address such as"),
         (["-bind", "localhost:99999"], {}, "-bind got 'localhost:99999'; it takes an address"),
@@ -146,7 +185,8 @@ def test_no_variable_turns_checking_off() -> None:
     assert not getattr(parse([], HOME | {"SELF_UPDATE_DEV": "true"}), unsigned)
     assert getattr(parse(["-dev"], HOME), unsigned)
     assert getattr(parse(["-dev", "-bind", "[::1]:80"], HOME), unsigned)
-    assert getattr(parse(["-dev", "-bind", "unix:/x"], HOME), unsigned)
+    assert getattr(parse(["-dev", "-bind", "unix:/x,fd:web,localhost:1"], HOME), unsigned)
+    assert not getattr(parse(["-dev", "-bind", "localhost:1", "-bind", ":80"], HOME), unsigned)
     assert not getattr(parse(["-dev", "-bind", ":80"], HOME), unsigned)
     assert not getattr(parse(["-dev", "-allowed-signers", "a"], HOME), unsigned)
     assert not getattr(parse(["-dev"], HOME | {"SELF_UPDATE_ALLOWED_SIGNERS": "a"}), unsigned)
@@ -174,6 +214,8 @@ def test_a_successor_does_not_choose_whom_it_trusts() -> None:
         (["-revoked-keys", "a"], "-revoked-keys goes with -allowed-signers"),
         (["-allowed-signers", "a", "-insecure-allow-unsigned"], "-insecure-allow-unsigned was given with a list"),
         (["-bind", ":80", "-insecure-allow-unsigned", "-token-file", "t"], "-insecure-allow-unsigned was given, and"),
+        (["-bind", "unix:/x,:80", "-insecure-allow-unsigned"], "-insecure-allow-unsigned was given, and :80 can be"),
+        (["-bind", "localhost:1,fd:web", "-bind", ":80"], ":80 can be reached from other machines; give the token"),
         (["-bind", ":80"], ":80 can be reached from other machines; give the token"),
         (["-bind", "0.0.0.0:80", "-dev"], "0.0.0.0:80 can be reached from other machines; give the token"),
         (["-bind", "service.example:80"], "service.example:80 can be reached from other machines; give the token"),

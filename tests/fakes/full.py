@@ -1,4 +1,4 @@
-# A foreign successor that takes the inherited listener: the full protocol in the smallest form.
+# A foreign successor that takes the inherited listeners: the full protocol in the smallest form.
 # VERSION and MODE stand above: "serves", or what it does wrong.
 import http.server
 import json
@@ -22,7 +22,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if MODE == "dies before it accepts":
                 self.answer(200)
                 os._exit(7)
-            threading.Thread(target=service.serve_forever).start()
+            for service in services:
+                threading.Thread(target=service.serve_forever).start()
         self.answer(200)
 
     do_POST = do_GET
@@ -34,11 +35,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.dumps({"status": "ok", "version": VERSION, "pid": os.getpid()}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        if self.server is service:
+        if self.server in services:
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
-        if MODE == "dies with requests under way" and self.server is service and next(answers) == 100:
+        if MODE == "dies with requests under way" and self.server in services and next(answers) == 100:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def log_message(self, *_):
@@ -55,13 +56,16 @@ if sys.argv[1:] == ["-version"]:
     print(VERSION)
     sys.exit()
 
-assert os.environ["LISTEN_PID"] == str(os.getpid()) and os.environ["LISTEN_FDS"] == "1"
+assert os.environ["LISTEN_PID"] == str(os.getpid())
 answers = iter(range(1 << 30))
-service = Server(("", 0), Handler, bind_and_activate=False)
-service.socket = socket.socket(fileno=3)
-service.socket.setblocking(MODE == "blocks the listener")
-if MODE == "shuts the listener down":
-    service.socket.shutdown(socket.SHUT_RDWR)
+services = []
+for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+    service = Server(("", 0), Handler, bind_and_activate=False)
+    service.socket = socket.socket(fileno=fd)
+    service.socket.setblocking(MODE == "blocks the listener")
+    if MODE == "shuts the listener down":
+        service.socket.shutdown(socket.SHUT_RDWR)
+    services.append(service)
 if MODE in {"blocks the listener", "shuts the listener down"}:
     sys.exit(3)
 notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

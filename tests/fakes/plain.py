@@ -3,6 +3,9 @@
 import http.server
 import json
 import os
+import pathlib
+import socket
+import socketserver
 import sys
 import threading
 
@@ -33,14 +36,31 @@ class Service(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class UnixServer(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_UNIX
+    server_bind = socketserver.TCPServer.server_bind
+
+
+def serve():
+    texts = [sys.argv[at + 1] for at, name in enumerate(sys.argv) if name == "-bind"]
+    for text in texts[:1] if MODE == "serves the first" else texts:
+        host, _, port = text.rpartition(":")
+        if host == "unix":
+            service = UnixServer(port, Service)
+        else:
+            service = http.server.ThreadingHTTPServer((host, int(port)), Service)
+        threading.Thread(target=service.serve_forever).start()
+
+
 class Temporary(Service):
     def do_GET(self):
         if self.path != "/replace":
             self.send_error(404)
             return
-        if MODE != "never serves":
-            service = http.server.ThreadingHTTPServer(address("-bind"), Service)
-            threading.Thread(target=service.serve_forever).start()
+        if MODE.startswith("waits for "):
+            pathlib.Path(MODE.removeprefix("waits for ")).read_bytes()
+        elif MODE != "never serves":
+            serve()
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
