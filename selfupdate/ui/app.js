@@ -111,7 +111,8 @@ function showHistory(upgrades) {
     [new Date(record.started_at).toLocaleString()],
     [record.from],
     [record.to || ""],
-    [(record.outcome || record.phase) + (record.reason ? `: ${withRemedy(record)}` : ""), record.outcome === "committed" ? "good" : ""],
+    [(record.outcome || record.phase) + (record.reason ? `: ${withRemedy(record)}` : "") +
+      (record.pid_not_kept ? `; the process id is another, since ${record.pid_not_kept}` : ""), record.outcome === "committed" ? "good" : ""],
   ])), 4, "No upgrade so far.");
 }
 
