@@ -13,13 +13,12 @@ import os
 import re
 import shutil
 import stat
-import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from selfupdate import process, signature
+from selfupdate import process, signature, system
 from selfupdate.errors import (
     CandidateError,
     NoSuchCandidateError,
@@ -44,17 +43,9 @@ if TYPE_CHECKING:
 
 _NOT_CANDIDATES = (".part", ".tmp", ".new", ".sig", ".asc", ".minisig", "~")
 _PLAIN_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
-_WINDOWS_PROGRAMS = (".exe", ".com", ".bat", ".cmd")
 
 # What a candidate sees of this process's environment when it is asked for its version: nothing.
-_CLEAN_ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "LANG": "C.UTF-8",
-    "LC_ALL": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONNOUSERSITE": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-}
+_CLEAN_ENVIRONMENT = {**system.CLEAN_ENVIRONMENT, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @dataclass(frozen=True)
@@ -333,7 +324,7 @@ def check_file(name: str, status: os.stat_result, limits: Limits) -> None:
         raise CandidateError(
             "has an odd name", "candidate-odd-name", "rename it, with letters, digits and . _ + - alone"
         )
-    if sys.platform != "win32" and not status.st_mode & 0o111:
+    if not status.st_mode & 0o111:  # which on Windows the end of the name says
         raise CandidateError("is not executable", "candidate-not-executable", f"chmod +x {name}")
     if status.st_mode & (stat.S_ISUID | stat.S_ISGID):
         raise CandidateError("is setuid or setgid", "candidate-setuid", f"chmod ug-s {name}")
@@ -346,9 +337,8 @@ def check_file(name: str, status: os.stat_result, limits: Limits) -> None:
 
 
 def _is_name_of_candidate(name: str) -> bool:
-    if name.startswith(".") or name.endswith(_NOT_CANDIDATES):
-        return False
-    return sys.platform != "win32" or name.lower().endswith(_WINDOWS_PROGRAMS)
+    is_hidden = name.startswith(".") or name.endswith(_NOT_CANDIDATES)
+    return not is_hidden and name.lower().endswith(system.PROGRAM_SUFFIXES)
 
 
 def _history_of(failed: Record) -> str:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from dataclasses import replace
@@ -22,18 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
-from selfupdate import notify, process
+from selfupdate import process, system
 from selfupdate.access import goes_by
 from selfupdate.errors import IllegalTransitionError, StartError, StateError
 from selfupdate.foreign import shown
 from selfupdate.journal import Record, now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
+from selfupdate.listener import HANDOVER_FD
 from selfupdate.messages import Request, Response, json_response, problem
 from selfupdate.server import Server
-from selfupdate.successor import HANDOVER_FD
-from selfupdate.transcript import STREAMS
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
     from selfupdate.journal import Journal
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_STDOUT = 1
 _HELLO_TIME = 5.0
 _THREADS = 2
 """Of the temporary server: the incumbent asks one thing at a time."""
@@ -71,31 +71,31 @@ class Incumbent:
         self.may_serve_again = False
         """Whether it still holds the listeners, to accept on them should this process fail."""
         self._notify = {"NOTIFY_SOCKET": environ.pop("NOTIFY_SOCKET", "")}
-        self._channel: socket.socket | None = None
+        self._channel: system.Channel | None = None
+        self.shared: list[socket.socket] = []
+        """The listeners that it shared with this process, where none can be inherited."""
         self._streams: list[int] = []
         self._listeners: list[tuple[Address, bool]] = []
         fd = environ.pop(HANDOVER_FD, None)
         if fd is None:
             return
         try:
-            self._channel = socket.socket(fileno=int(fd))
-            os.set_inheritable(self._channel.fileno(), False)
+            self._channel = system.join(fd, self._notify)
             self._channel.settimeout(_HELLO_TIME)
             hello = json.loads(self._channel.recv(_MESSAGE_SIZE))
             self.generation = int(hello["generation"])
             self.secret = str(hello["secret"])
-            self.lock_fd = int(hello["lock"])
+            self.lock_fd = system.adopt(int(hello["lock"]))
             self.program = Path(hello["program"]) if hello["program"] else None
             self.sha256 = str(hello["sha256"])
             self.installed = str(hello["installed"])
+            self.shared = system.shared(hello)
             self.trust = {str(name): str(text) for name, text in hello["trust"].items()}
-            self._streams = [int(stream) for stream in hello["streams"]]
+            self._streams = [system.adopt(int(stream)) for stream in hello["streams"]]
             self.comes_back = bool(hello.get("comes_back"))
             self.pid = int(hello["pid"]) if self.comes_back else self.pid
             told = hello.get("listeners", [])
             self._listeners = [(listeners.parse_address(text), bool(is_own)) for text, is_own in told]
-            for stream in self._streams:
-                os.set_inheritable(stream, False)
         except _NO_HELLO as error:
             raise StartError(f"{HANDOVER_FD}={shown(fd, 20)} is not an incumbent's channel: {error!r}") from error
         self._channel.settimeout(None)
@@ -108,6 +108,11 @@ class Incumbent:
 
     def recognise(self, passed: Sequence[Listener]) -> tuple[Listener, ...]:
         """Return the listeners that were `passed` on with what it told of each: its address, and who bound it."""
+        if self.shared:
+            passed = [
+                listeners.Listener(sock, address, is_own=is_own)
+                for sock, (address, is_own) in zip(self.shared, self._listeners, strict=True)
+            ]
         if len(passed) != len(self._listeners):
             return tuple(passed)
         told = zip(passed, self._listeners, strict=True)
@@ -120,12 +125,12 @@ class Incumbent:
 
     def take_streams(self) -> None:
         """Write to the service's own output and error from here on, and not to pipes that the incumbent reads."""
-        for own, stream in zip(STREAMS, self._streams, strict=False):
+        for own, stream in enumerate(self._streams, _STDOUT):
             os.dup2(stream, own)
             os.close(stream)
         self._streams = []
 
-    def take_channel(self) -> socket.socket | None:
+    def take_channel(self) -> system.Channel | None:
         """Return the channel, in which this process is the incumbent from here on."""
         channel, self._channel = self._channel, None
         return channel
@@ -138,7 +143,7 @@ class Incumbent:
 
     def announce(self, **fields: str) -> None:
         """Tell it how this process stands (sd_notify(3))."""
-        notify.send(self._notify, **fields)
+        system.send(self._notify, **fields)
 
     def follow(self, on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
         """Call `on_message` with all that it says; `on_gone` when its process has ended before its last word."""
@@ -160,13 +165,7 @@ class Incumbent:
         on_gone()
 
     def _follow_process(self, _on_message: Callable[[Mapping[str, Any]], None], on_gone: Callable[[], None]) -> None:
-        try:
-            fd = process.watch(self.pid)
-        except ProcessLookupError:
-            pass
-        else:
-            process.ready([fd], None)
-            os.close(fd)
+        process.wait_for_end(self.pid)
         on_gone()
 
 
@@ -206,7 +205,9 @@ class Standby:
         self._incumbent.follow(self._take_message, self._incumbent_gone)
         has_all = not any(isinstance(place, listeners.Address) for place in self._places)
         shares = {"X_SELF_UPDATE": "1"} if has_all and not self._incumbent.is_plain else {}
-        hands_back = {"X_SELF_UPDATE_HAND_BACK": "1"} if shares and not self._incumbent.comes_back else {}
+        hands_back = (
+            {"X_SELF_UPDATE_HAND_BACK": "1"} if shares and system.CAN_BECOME and not self._incumbent.comes_back else {}
+        )
         self._incumbent.announce(READY="1", STATUS="standing by", **shares, **hands_back)
         _log.info("standing by", extra={"upgrade_bind": str(self._settings.upgrade_bind)})
 

@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from selfupdate.errors import StateError, UpgradeError, VersionError
-from selfupdate.releases import sync_directory
+from selfupdate.system import sync_directory
 from selfupdate.versions import parse as parse_version
 
 if TYPE_CHECKING:

@@ -62,6 +62,9 @@ VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 FIRST_FD = 3
 """The first descriptor that is passed on (sd_listen_fds(3), SD_LISTEN_FDS_START)."""
 
+HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
+"""The variable that names the channel between an incumbent and its successor."""
+
 
 @dataclass(frozen=True)
 class Address:

@@ -17,7 +17,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from selfupdate import notify
+from selfupdate import system
 from selfupdate.lifecycle import Event, Phase
 
 if TYPE_CHECKING:
@@ -98,4 +98,4 @@ class Manager:
 
     def _tell(self, **fields: str) -> None:
         if self.is_main:
-            notify.send(self._environ, **fields)
+            system.send(self._environ, **fields)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from selfupdate.errors import CandidateError, InstallError
 from selfupdate.journal import now
 from selfupdate.releases import digest, install
+from selfupdate.system import mend
 
 if TYPE_CHECKING:
     from selfupdate.journal import Journal, Record
@@ -33,6 +34,8 @@ def recover(journal: Journal, store: Store, program: Path | None) -> bool:
             )
             journal.conclude(record.id, outcome="interrupted", reason=reason, ended_at=now())
             _log.warning("an upgrade was interrupted", extra={"upgrade": record.id, "phase": record.phase})
+    if program is not None:
+        mend(program)
     last = journal.last_commit()
     if last is None or last.installed is not None or program is None or last.program != str(program):
         return False

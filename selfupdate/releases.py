@@ -13,12 +13,11 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfupdate.errors import CandidateError, InstallError, StateError
-from selfupdate.process import STARTING
+from selfupdate.system import RELEASE_MODE, STARTING, is_noexec, mend, put_in_place, sync_directory
 
 if TYPE_CHECKING:
     import io
@@ -76,7 +75,7 @@ class Store:
         try:
             self._root.mkdir(mode=0o700, exist_ok=True)
             self._new_directory().rmdir()
-            if sys.platform != "win32" and os.statvfs(self._root).f_flag & os.ST_NOEXEC:
+            if is_noexec(self._root):
                 raise StateError(
                     f"nothing can be executed in the state directory {self._root.parent}: it is mounted noexec",
                     "staging-noexec",
@@ -189,7 +188,7 @@ class Store:
         """Copy `reader` to the new file `target`, durable and executable; return the digest."""
         sha256 = hashlib.sha256()
         left = self._size_limit
-        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o500)
+        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), RELEASE_MODE)
         try:
             while chunk := reader.read(min(_CHUNK, left + 1)):
                 left -= len(chunk)
@@ -225,6 +224,7 @@ def install(copy: Copy, program: Path) -> None:
     """
     partial = program.with_name(f".{program.name}.{secrets.token_hex(4)}.new")
     try:
+        mend(program)
         before = program.stat()
         try:
             with copy.path.open("rb") as reader, partial.open("xb") as writer:
@@ -234,23 +234,12 @@ def install(copy: Copy, program: Path) -> None:
                     os.fchown(writer.fileno(), before.st_uid, before.st_gid)
                 partial.chmod(stat.S_IMODE(before.st_mode))
                 os.fsync(writer.fileno())
-            partial.replace(program)
+            put_in_place(partial, program)
             sync_directory(program.parent)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise InstallError(f"{program} cannot be replaced: {error.strerror}") from error
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the disk has the names in a directory: without that, a rename may be lost in a power cut."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def digest(path: Path) -> str:

@@ -13,7 +13,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from selfupdate import __version__, log, process, program, settings, signals, versions
+from selfupdate import __version__, log, program, settings, signals, system, versions
 from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
 from selfupdate.app import App
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
     from selfupdate.listener import Address, Listener
     from selfupdate.messages import Request, Response
-    from selfupdate.original import Comeback
     from selfupdate.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -260,27 +259,29 @@ class _Service:
         if is_dismissed:
             assert self._incumbent is not None
             self._incumbent.close_channel()
-            return accompany(process.Process(self._incumbent.pid), self._signals, self._manager)
+            return accompany(system.Process(self._incumbent.pid), self._signals, self._manager)
         if self._upgrader.successor is not None:
             self._manager.hand_over(self._upgrader.successor)
         return 0
 
-    def _come_back(self, comeback: Comeback) -> int:
+    def _come_back(self, comeback: system.Comeback) -> int:
         """Execute the release that serves now; where that fails, stay with it as the process that is known."""
         with contextlib.ExitStack() as kept:
+            environ = {**os.environ, **self._settings.environment()}
             passed = [replace(one, sock=kept.enter_context(one.sock.dup())) for one in self._listeners]
             self._server.close(0)
-            self._signals.block()
+            self._signals.hold()
             while (word := self._signals.next(0)) is not None:
                 if word == signals.HANG_UP:
                     os.kill(os.getpid(), word)  # blocked now, it waits for the new version
                 elif word != signals.SETTLED:
                     return self._stop(word)
-            _log.info("becomes the new version", extra={"release": comeback.command[0]})
+            command = self._upgrader.command
+            _log.info("becomes the new version", extra={"release": command[0]})
             sys.stdout.flush()
             self._manager.alive()  # the next sign of life is the new version's
             try:
-                comeback.execute(os.environ, passed, self._state.lock_fd)
+                comeback.execute(command, environ, passed, self._state.lock_fd)
             except OSError as error:
                 _log.error("cannot become the new version", extra={"reason": error.strerror})
                 comeback.give_up(error)
@@ -368,7 +369,7 @@ class _Service:
         if recover(self._journal, self._store, self._program.path):
             path = str(self._program.path)
             _log.warning("the version that had been committed is installed now, and started", extra={"program": path})
-            os.execv(path, [path, *sys.argv[1:]])  # noqa: S606 - no shell is the point
+            system.execute_instead(path, sys.argv[1:], self._state.lock_fd)
 
     def _begin_to_own(self) -> None:
         """Settle what the incumbent left to this process, when this process is there to stay."""
@@ -435,7 +436,7 @@ class _Service:
         serving = comeback.successor if comeback else None
         if serving is None and self._standby and self._incumbent and self._incumbent.comes_back:
             with contextlib.suppress(OSError):
-                serving = process.Process(self._incumbent.pid)
+                serving = system.Process(self._incumbent.pid)
         if serving is None:
             return 0
         os.kill(serving.pid, signal.SIGTERM)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from selfupdate.errors import UsageError, VersionError
 from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
 from selfupdate.sshformat import is_namespace
+from selfupdate.system import MOST_CONNECTIONS, STATE_HOME
 from selfupdate.versions import parse_specifiers
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class Limits:
     """For a client to send one more request when the service stops."""
     body_size: int = 4 * 1024
     threads: int = 64
-    connections: int = 1000
+    connections: int = MOST_CONNECTIONS
     version_time: float = 5.0
     """For a candidate to print its version."""
     version_output: int = 4096
@@ -400,8 +401,8 @@ def _default_state_dir(environ: Mapping[str, str]) -> Path:
     """Return the directory that systemd or the XDG Base Directory Specification names."""
     if environ.get("STATE_DIRECTORY"):
         return Path(environ["STATE_DIRECTORY"].split(":")[0])  # systemd.exec(5): several are joined by colons
-    if environ.get("XDG_STATE_HOME"):
-        return Path(environ["XDG_STATE_HOME"]) / "self-update"
+    if environ.get(STATE_HOME):
+        return Path(environ[STATE_HOME]) / "self-update"
     try:
         home = Path(environ.get("HOME") or Path.home())
         return home / ".local" / "state" / "self-update"

@@ -13,10 +13,9 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 
-from selfupdate import process
+from selfupdate import system
 
 SETTLED = 0
 """A thread's word: what this process is has been settled."""
@@ -27,11 +26,9 @@ HANG_UP: int = getattr(signal, "SIGHUP", -1)
 STOP = signal.SIGTERM
 """The service is to stop; so does every word that is none of these."""
 
-_SIGNALS = {number for number in signal.Signals if number.name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD"}}
-
 
 class Signals:
-    """The words that have arrived. One for the process."""
+    """The words that have arrived. One for the system."""
 
     def __init__(self) -> None:
         """Take signals from here on; they wait until `listen` is called."""
@@ -39,21 +36,20 @@ class Signals:
         self._out, self._in = socket.socketpair()
         self._in.setblocking(False)
         self._had_terminal = _has_terminal()
-        self.block()
+        self.hold()
         signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in system.SIGNALS:
             if number != HANG_UP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
                 signal.signal(number, lambda number, _: self._words.append(number))
+        system.watch_for_stop(lambda: self.wake(STOP))
 
-    def block(self) -> None:
+    def hold(self) -> None:
         """Let signals wait."""
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        system.hold_signals()
 
     def listen(self) -> None:
         """Let signals come, those that waited first."""
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        system.take_signals()
 
     def wake(self, word: int = SETTLED) -> None:
         """Tell the main thread `word`."""
@@ -72,12 +68,12 @@ class Signals:
             while self._words:
                 word = self._words.popleft()
                 if word == CHILD:
-                    process.reap_strangers()
+                    system.reap_strangers()
                 elif word == HANG_UP and self._had_terminal and not _has_terminal():
                     return STOP
                 else:
                     return word
-            if self._out.fileno() not in process.ready(fds, deadline):
+            if self._out.fileno() not in system.ready(fds, deadline):
                 return None
             self._out.recv(4096)
 

@@ -1,9 +1,9 @@
 """The state directory: private to one service, by a lock that lasts as long as any of its processes.
 
-The lock is flock(2)'s, which belongs to the open file and not to a process: an
-incumbent passes the descriptor to its successor, so there is no moment in a
-handover in which a stranger could take it, and none in which it is left behind
-by a process that was killed.
+The lock belongs to the open file and not to a process: an incumbent passes the
+descriptor to its successor, so there is no moment in a handover in which a
+stranger could take it, and none in which it is left behind by a process that was
+killed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
-from selfupdate import permissions
+from selfupdate import permissions, system
 from selfupdate.errors import StartError, StateError
 from selfupdate.foreign import shown
 
@@ -41,7 +40,6 @@ class StateDirectory:
 
     def inherit(self, fd: int) -> None:
         """Hold the lock that an incumbent passed on as `fd`."""
-        os.set_inheritable(fd, False)
         self._fd = fd
 
     def open(self) -> None:
@@ -54,31 +52,25 @@ class StateDirectory:
             permissions.check_directory(self.path)
             if self.path.stat().st_mode & _OTHERS:
                 self.path.chmod(0o700)  # a service manager made it so that others can read it
-            self._fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            self._fd = system.open_lock(self.path / _LOCK)
         except permissions.UnsafeError as error:
             raise StateError(
                 f"the state directory {self.path} is not safe: {error}", "staging-permissions", error.remedy
             ) from None
         except OSError as error:
-            raise StateError(
-                f"the state directory {self.path} cannot be used: {error.strerror}",
-                "state-unusable",
-                "make it writable for this account, or give another one with -state-dir",
-            ) from error
+            raise self._unusable(error) from error
 
     def lock(self, *, wait: bool = False) -> None:
-        """Take the lock; with `wait`, when it is free. Raises StartError, naming who has it."""
-        if sys.platform == "win32":
-            return
-        import fcntl  # noqa: PLC0415 - POSIX only
-
+        """Take the lock; with `wait`, when it is free. Raises StartError, naming who has it, or StateError."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._fd = system.take_lock(self._fd, self.path / _LOCK, wait=wait)
         except BlockingIOError:
             raise StartError(
                 f"the state directory {self.path} is in use{self._holder()}; "
                 "stop that service, or give this one a directory of its own with -state-dir"
             ) from None
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def sign(self, bind: str) -> None:
         """Write down who holds the lock, and where it serves, for people and for scripts."""
@@ -88,6 +80,13 @@ class StateDirectory:
         with contextlib.suppress(OSError):  # a full disk, say: what needs the disk will say so
             os.lseek(self._fd, 0, os.SEEK_SET)
             os.write(self._fd, text.ljust(256))
+
+    def _unusable(self, error: OSError) -> StateError:
+        return StateError(
+            f"the state directory {self.path} cannot be used: {error.strerror}",
+            "state-unusable",
+            "make it writable for this account, or give another one with -state-dir",
+        )
 
     def _holder(self) -> str:
         signed = signature(self.path)

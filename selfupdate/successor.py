@@ -14,19 +14,17 @@ and again: a plain successor's temporary server, and health.
 
 from __future__ import annotations
 
-import errno
 import http.client
 import io
 import json
 import os
 import secrets
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from selfupdate import process, versions
+from selfupdate import process, system, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
-from selfupdate.listener import Address, connect, owners_of
+from selfupdate.listener import Address, connect
 
 if TYPE_CHECKING:
     import socket
@@ -35,11 +33,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
     from selfupdate.journal import Record
-    from selfupdate.notify import Receiver
     from selfupdate.settings import Settings
-
-HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
-"""The variable that names the channel's descriptor in the successor."""
 
 ANSWER_SIZE = 65536
 
@@ -89,30 +83,23 @@ class Successor:
         self._binds = tuple(binds)
         self._upgrade_bind = upgrade_bind
         self._secret = secrets.token_urlsafe(32)
-        self._process: process.Process | process.Parent | None = None
-        self._channel: socket.socket | None = None
-        self._notifications: Receiver
+        self._peer: system.Child | system.Parent | None = None
         self._stop_fd: int
         self._standby_time = settings.standby
         self._is_ready = False
         self._may_share = True
         self._announces_until: float | None = None
-        self._is_deaf = False
 
     @property
     def log(self) -> str | None:
-        """The end of what it wrote; None where that is not known."""
-        return None
+        """The end of what it wrote; None where it was not started, or that is not known."""
+        return self._peer.log if self._peer else None
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        assert self._process is not None
-        return self._process.pid
-
-    def _ending(self) -> str:
-        """Return how it ended, in words."""
-        return "ended"
+        assert self._peer is not None
+        return self._peer.pid
 
     def wait_for_standby(self) -> None:
         """Wait until it stands by, then say by `shares_listener` of which kind it is.
@@ -137,11 +124,12 @@ class Successor:
 
         Raises SuccessorError where nothing does, or it has ended; UpgradeError where a stranger's does.
         """
-        owners = owners_of(address)
-        if sys.platform == "win32" or owners == {os.geteuid()}:
+        assert self._peer is not None
+        owns = self._peer.owns(address)
+        if owns:
             return
         self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
-        if not owners:
+        if owns is None:
             raise SuccessorError(f"does not listen on {address}", "handover-bind")
         raise UpgradeError(
             f"another account's process listens on {address}",
@@ -160,7 +148,7 @@ class Successor:
         status, health = self._get(self._upgrade_bind, "/healthz", deadline, "when it was probed")
         if status != http.client.OK:
             raise SuccessorError(f"is not healthy: it answered {status} when it was probed", "probe-unhealthy")
-        if health.get("pid") != self.pid:
+        if not self._owns(health.get("pid")):
             raise SuccessorError(
                 f"is process {self.pid}, and what answers on {self._upgrade_bind} is process {health.get('pid')!r}",
                 "probe-other-process",
@@ -171,6 +159,10 @@ class Successor:
                 "probe-other-version",
             )
 
+    def _owns(self, pid: object) -> bool:
+        assert self._peer is not None
+        return self._peer.has(pid)
+
     def _is_own_version(self, said: object) -> bool:
         try:
             return versions.parse(str(said)) == versions.parse(self._version)
@@ -179,6 +171,8 @@ class Successor:
 
     def replace(self) -> None:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
+        assert self._peer is not None
+        self._peer.release()
         doing = "when it was to take over"
         self._check_owner(self._upgrade_bind, "-upgrade-bind", doing)  # again, since now it is told the secret
         deadline = time.monotonic() + self._limits.replace_time
@@ -202,7 +196,7 @@ class Successor:
             status, health = self._get(bind, "/healthz", deadline, doing)
             if status >= http.client.INTERNAL_SERVER_ERROR:
                 raise SuccessorError(f"is not healthy: it answered {status} on trial", "trial-unhealthy")
-            if health.get("pid", self.pid) != self.pid:
+            if "pid" in health and not self._owns(health["pid"]):
                 raise SuccessorError(f"does not serve on {bind}: process {health['pid']!r} does", "trial-other-process")
             if time.monotonic() >= end:
                 return
@@ -210,46 +204,31 @@ class Successor:
 
     def show(self, record: Record) -> None:
         """Tell it how the upgrade goes."""
-        self._tell({"record": record.as_json()})
+        assert self._peer is not None
+        self._peer.tell({"record": record.as_json()})
 
     def bless(self) -> None:
         """Tell it that it is there to stay, and let go of it."""
-        self._tell({"blessed": True})
-        self._forget()
+        assert self._peer is not None
+        self._peer.tell({"blessed": True})
+        self._peer.leave()
 
     def terminate(self) -> None:
         """Tell it to leave."""
-        if self._process:
-            self._process.terminate()
+        if self._peer:
+            self._peer.terminate()
 
     def end(self, grace: float) -> None:
         """Let it leave within `grace` seconds, or see to it that it does."""
         raise NotImplementedError
-
-    def _forget(self) -> None:
-        if self._channel:
-            self._channel.close()
-            self._notifications.close()
-        if self._process:
-            self._process.forget()
-
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        assert self._channel is not None
-        if self._is_deaf:
-            self._channel.setblocking(False)
-        try:
-            self._channel.send(json.dumps(message).encode())
-        except OSError as error:
-            # It has gone, which is told otherwise, or does not read, which it need not: no more waiting for it.
-            self._is_deaf = error.errno != errno.EMSGSIZE
 
     def wait(self, deadline: float, doing: str, fd: int | None = None) -> bool:
         """Wait until `fd` is readable or `deadline` has passed, and take the news meanwhile; tell whether `fd` is.
 
         Raises SuccessorError when the successor ends, StopRequestedError when a stop is asked for.
         """
-        assert self._process is not None
-        fds = {self._process.exit_fd, self._notifications.fileno(), self._stop_fd} | ({fd} if fd is not None else set())
+        assert self._peer is not None
+        fds = {self._peer.exit_fd, self._peer.fileno(), self._stop_fd} | ({fd} if fd is not None else set())
         while ready := process.ready(fds, deadline):
             is_late = time.monotonic() >= deadline  # what has happened is news all the same
             if self._stop_fd in ready:
@@ -257,14 +236,15 @@ class Successor:
             self._take_notifications()
             if fd in ready and not is_late:
                 return True
-            if self._process.exit_fd in ready:
-                raise SuccessorError(f"{self._ending()} {doing}", "handover-died")
+            if self._peer.exit_fd in ready:
+                raise SuccessorError(f"{process.ending(self._peer.reap())} {doing}", "handover-died")
             if is_late or (fd is None and self._is_ready):
                 return False
         return False
 
     def _take_notifications(self) -> None:
-        while (fields := self._notifications.receive(self.pid)) is not None:
+        assert self._peer is not None
+        while (fields := self._peer.receive()) is not None:
             if fields.get("X_SELF_UPDATE_STOP") == "1":
                 raise StopRequestedError("a stop signal arrived at the successor")
             if "ERRNO" in fields:  # sd_notify(3)
@@ -297,7 +277,7 @@ class Successor:
             _, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
         except _NoAnswerError:  # it serves, and need not know that path
             return False
-        return health.get("pid") == self.pid
+        return self._owns(health.get("pid"))
 
     def _wait_until_bound(self, bind: Address, deadline: float) -> None:
         while True:
@@ -338,11 +318,6 @@ class Successor:
         except ValueError:
             value = None
         return response.status, value if isinstance(value, dict) else {}
-
-
-def environment(settings: Settings, environ: Mapping[str, str], notify_address: str, channel: int) -> dict[str, str]:
-    """Return what a successor gets for its environment: this process's, and how it speaks to its incumbent."""
-    return {**environ, **settings.environment(), "NOTIFY_SOCKET": notify_address, HANDOVER_FD: str(channel)}
 
 
 def _error_text(number: str) -> str:

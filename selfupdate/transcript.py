@@ -3,7 +3,7 @@
 The successor's standard output and error are pipes, which a thread here reads. A
 pipe whose reader dies kills its writer, and this process may be killed at any
 moment, and leaves after the blessing: so another process holds the reading ends,
-too, and passes on what still comes (`process.Guard`). A successor that knows the
+too, and passes on what still comes (`posix.Guard`). A successor that knows the
 full protocol goes back to the service's own streams when it is there to stay.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING
 
-from selfupdate import process
+from selfupdate import posix
 from selfupdate.foreign import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+assert sys.platform != "win32"  # for those who read types: none of this is there
 
 KEPT = 4096
 """Bytes of the end that are kept."""
@@ -87,7 +90,7 @@ class Transcript:
         targets = {reader: target for target, reader in self.readers.items()}
         # The line that each pipe has begun: a line is passed on whole, so that lines of two processes do not mix.
         begun = dict.fromkeys(targets, b"")
-        while begun and self._stop_out not in (readable := process.ready({*begun, self._stop_out}, None)):
+        while begun and self._stop_out not in (readable := posix.ready({*begun, self._stop_out}, None)):
             for reader in readable:
                 chunk = os.read(reader, _CHUNK)
                 self._keep(chunk)

@@ -18,9 +18,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
-from selfupdate import signature, versions
+from selfupdate import signature, system, versions
 from selfupdate.candidates import Candidate
-from selfupdate.child import Child
 from selfupdate.errors import (
     CandidateError,
     ChoiceError,
@@ -38,9 +37,10 @@ from selfupdate.errors import (
 )
 from selfupdate.journal import now
 from selfupdate.lifecycle import Event, Lifecycle, Phase
-from selfupdate.original import Comeback, Original
+from selfupdate.original import Original
 from selfupdate.process import ready
 from selfupdate.recovery import settle
+from selfupdate.started import Started
 
 if TYPE_CHECKING:
     import socket
@@ -102,7 +102,7 @@ class Upgrader:
         self._binds = settings.bind
         self._listeners: tuple[Listener, ...] = ()
         self._successor: Successor | None = None
-        self.comeback: Comeback | None = None
+        self.comeback: system.Comeback | None = None
         """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
         self._claim_lock = threading.Lock()
         self.is_stopping = False
@@ -181,11 +181,16 @@ class Upgrader:
         self._stop_in.send(b"\0")
         self._idle.wait()
 
-    def hand_back(self, channel: socket.socket, original: int) -> None:
+    @property
+    def command(self) -> list[str]:
+        """What started the successor, and executes it in place of this process."""
+        assert isinstance(self._successor, Started)
+        return self._successor.command
+
+    def hand_back(self, channel: system.Channel, original: int) -> None:
         """Begin to hand over to the process `original`, which this one came from, and which becomes this version."""
         self._idle.clear()
-        successor = Original(channel, original, self._program.version, self._settings, self._binds)
-        threading.Thread(target=self._drive_back, args=(successor,), name="hand-back", daemon=True).start()
+        threading.Thread(target=self._drive_back, args=(channel, original), name="hand-back", daemon=True).start()
 
     def _claim(self, kind: str, **fields: Any) -> Record:
         self._wait_for_handover()
@@ -227,12 +232,12 @@ class Upgrader:
         self._server.wait_until_empty()
         self._on_retired()
 
-    def _drive_back(self, original: Original) -> None:
+    def _drive_back(self, channel: system.Channel, pid: int) -> None:
         """Hand over to the original process, or serve on as the process that this one is."""
-        self._successor = original
+        self._successor = original = Original(self._program.version, self._settings, self._binds)
         try:
             hello = self._hello(self._generation, self._program.sha256, self._listeners)
-            original.call(hello, len(self._listeners), self._stop_out.fileno())
+            original.call(channel, pid, hello, len(self._listeners), self._stop_out.fileno())
             original.wait_for_standby()
             self._pass_on(original, self._lifecycle.step, probation=0)  # this release has passed its trial
             self._lifecycle.step(Event.BLESSED)
@@ -303,7 +308,7 @@ class Upgrader:
         successor.watch(probation)
         self._raise_if_stopping()
 
-    def _start(self, candidate: Candidate) -> Child:
+    def _start(self, candidate: Candidate) -> Started:
         """Start the successor and wait until it stands by."""
         assert candidate.release is not None
         try:
@@ -338,9 +343,9 @@ class Upgrader:
                 "let it serve on the sockets that are passed on, and say X_SELF_UPDATE=1; or bind without the manager",
             )
 
-    def _spawn(self, candidate: Candidate, upgrade_bind: Address, shared: Sequence[Listener]) -> Child:
+    def _spawn(self, candidate: Candidate, upgrade_bind: Address, shared: Sequence[Listener]) -> Started:
         assert candidate.release is not None
-        successor = Child(candidate.release, str(candidate.version), self._settings, self._binds, upgrade_bind)
+        successor = Started(candidate.release, str(candidate.version), self._settings, self._binds, upgrade_bind)
         self._successor = successor
         hello = self._hello(self._generation + 1, candidate.release.sha256, shared)
         successor.start(shared, self._lock_fd, hello, os.environ, self._stop_out.fileno())

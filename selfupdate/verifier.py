@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 from selfupdate import process
 from selfupdate.errors import CandidateError, TrustError
 from selfupdate.foreign import shown
+from selfupdate.system import TOOL_DIRECTORIES, TOOL_ENVIRONMENT, TOOL_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-DIRECTORIES = (Path("/usr/bin"), Path("/bin"), Path("/usr/local/bin"))
+DIRECTORIES = tuple(map(Path, TOOL_DIRECTORIES))
 """Where the programs are looked for."""
 
 STATUS_FD = "{status}"
 """Stands in the arguments for the descriptor that takes a program's status, apart from what a signature can say."""
 
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 _OUTPUT_SIZE = 1 << 16
 _SMALL_TIME = 5.0
 """Seconds for what has no file to read through."""
@@ -63,7 +63,8 @@ class Verifier:
         Raises TrustError where it is not there, CandidateError where it came to no answer.
         """
         time_limit = self._time_limit if isinstance(data, Path) else _SMALL_TIME
-        program = next((path for directory in DIRECTORIES if (path := directory / self.name).is_file()), None)
+        paths = (directory / f"{self.name}{TOOL_SUFFIX}" for directory in DIRECTORIES)
+        program = next((path for path in paths if path.is_file()), None)
         if program is None:
             raise TrustError(f"{self.name} was not found", "verifier-missing", f"install {self._package}")
         try:
@@ -89,7 +90,7 @@ class Verifier:
         with data.open("rb") as stdin, tempfile.TemporaryFile(dir=directory) as status:
             output = process.capture(
                 [word.replace(STATUS_FD, str(status.fileno())) for word in command],
-                _ENVIRONMENT,
+                TOOL_ENVIRONMENT,
                 directory,
                 stdin=stdin.fileno(),
                 fds=[status.fileno()],

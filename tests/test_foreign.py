@@ -19,7 +19,7 @@ from load import Figures, Load
 from programs import shell, write_program
 from service import PATIENCE, Service, resources, wait_for_end
 
-from selfupdate import notify, process
+from selfupdate import notify, posix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -194,8 +194,8 @@ class Standby:
         environ = {"PATH": "/usr/bin:/bin", "NOTIFY_SOCKET": manager.address, **environ}
         bind, upgrade_bind = (f"{host}:{port}" for host, port in (self.address, self.temporary))
         command = [str(program), "-upgrade", "true", "-upgrade-bind", upgrade_bind, "-bind", bind]
-        self.process = process.spawn(command, environ, fds, listeners=1 if listener else 0)
-        assert process.ready([manager.fileno(), self.process.exit_fd], time.monotonic() + PATIENCE)
+        self.process = posix.spawn(command, environ, fds, listeners=1 if listener else 0)
+        assert posix.ready([manager.fileno(), self.process.exit_fd], time.monotonic() + PATIENCE)
         self.announced = manager.receive(self.process.pid)
         manager.close()
 

@@ -20,10 +20,10 @@ from programs import write_program
 import selfupdate
 from selfupdate import settings, versions
 from selfupdate.candidates import Scanner
-from selfupdate.child import Child
 from selfupdate.journal import Journal
 from selfupdate.listener import parse_address
 from selfupdate.releases import Store
+from selfupdate.started import Started
 from selfupdate.trust import Release, Trust
 
 if TYPE_CHECKING:
@@ -35,31 +35,45 @@ MAKERS = {("trust", "Trust.recall"), ("trust", "Reading.verify")}
 """The functions that make a release: by module, and by name in it."""
 
 STARTERS = {
-    ("process", "spawn", "os.posix_spawn"),
-    ("process", "become", "os.execve"),
-    ("process", "capture", "subprocess.Popen"),
-    ("service", "_Service._recover", "os.execv"),
+    ("posix", "spawn", "os.posix_spawn"),
+    ("posix", "become", "os.execve"),
+    ("posix", "start_piped", "subprocess.Popen"),
+    ("posix", "execute_instead", "os.execv"),
 }
-"""Where another program is started: the last is the program that was installed, which is executed anew."""
+"""Where another program is started: only the operating system's rooms do that."""
 
 CALLERS = {
-    ("process", "Guard.__init__", "spawn"),
-    ("child", "Child.start", "process.spawn"),
-    ("original", "Comeback.execute", "process.become"),
+    ("posix", "Guard.__init__", "spawn"),
+    ("launch", "Child.start", "posix.spawn"),
+    ("launch", "Comeback.execute", "posix.become"),
+    ("process", "capture", "start_piped"),
+    ("started", "Started.start", "system.Child"),
     ("candidates", "Scanner._ask", "process.capture"),
     ("verifier", "Verifier._run", "process.capture"),
+    ("service", "_Service._recover", "system.execute_instead"),
 }
-"""Who calls those of `process`: the first starts a shell, the last the platform's own tools."""
+"""Who calls those: the first starts a shell, `verifier` the platform's own tools, and the last one is the program
+that was installed, which is executed anew."""
 
-LOADER = ("program", "file_of_this_program", "sys.modules")
+IMPORTERS = {
+    "from selfupdate.launch import Channel, Child, Comeback, Parent, adopt, join, shared": "system",
+    "from selfupdate.system import Process, ready, start_piped, wait_for_end": "process",
+}
+"""What names them for its own use; `system` also names what `posix` and `windows` have."""
+
+KNOWN = {
+    ("program", "file_of_this_program", "sys.modules"),
+}
 """A look at where this program itself was loaded from, by a way that could lead elsewhere."""
 
-TAKERS = {("child", "Child.__init__"), ("candidates", "Scanner._ask")}
+TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._ask")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
 
 _OF_OS = ("exec", "spawn", "posix_spawn", "fork", "system", "popen", "startfile")
 _OF_SUBPROCESS = {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}
-_OF_PROCESS = {"spawn", "become", "capture"}
+_OF_PROCESS = {"spawn", "become", "capture", "start_piped", "execute_instead", "Child"}
+_ROOMS = {"process", "system", "posix", "launch", "windows"}
+_OF_WINDOWS = ("CreateProcess", "ShellExecute", "WinExec")
 _BUILT_IN = {"eval", "exec", "compile", "__import__", "globals"}
 _MODULES = {
     *("asyncio", "builtins", "cffi", "code", "codeop", "commands", "concurrent", "ctypes", "_ctypes", "importlib"),
@@ -116,7 +130,11 @@ class _Reader(ast.NodeVisitor):
         for alias in node.names:
             root = alias.name.partition(".")[0]
             is_renamed = alias.asname is not None and root in {"os", "subprocess", "sys", "selfupdate"}
-            if root in _MODULES or is_renamed or (root == "subprocess" and self.module != "process"):
+            if (
+                root in _MODULES
+                or is_renamed
+                or (root == "subprocess" and self.module not in {"process", "posix", "windows"})
+            ):
                 self._note(self.faults, ast.unparse(node))
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
@@ -128,21 +146,26 @@ class _Reader(ast.NodeVisitor):
             or "*" in names
             or (module == "os" and any(name.startswith(_OF_OS) for name in names))
             or (module == "sys" and "modules" in names)
-            or (module == "selfupdate.process" and names & _OF_PROCESS)
+            or (module.removeprefix("selfupdate.") in _ROOMS and names & _OF_PROCESS and not self._may_import(node))
             or "Release" in names
-            or any(alias.asname and alias.name == "process" for alias in node.names)
+            or any(alias.asname and alias.name in _ROOMS for alias in node.names)
         )
         if is_forbidden:
             self._note(self.faults, ast.unparse(node))
 
+    def _may_import(self, node: ast.ImportFrom) -> bool:
+        is_all_of_a_room = self.module == "system" and node.module in {"selfupdate.posix", "selfupdate.windows"}
+        renames = any(alias.asname for alias in node.names)
+        return not renames and (is_all_of_a_room or IMPORTERS.get(ast.unparse(node)) == self.module)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
         owner, name = ast.unparse(node.value), node.attr
-        if owner == "os" and name.startswith(_OF_OS):
-            self._note(self.starters, f"os.{name}")
+        if (owner == "os" and name.startswith(_OF_OS)) or name.startswith(_OF_WINDOWS):
+            self._note(self.starters, f"{owner}.{name}")
         elif owner == "subprocess" and name in _OF_SUBPROCESS:
             self._note(self.starters, f"subprocess.{name}")
-        elif owner == "process" and name in _OF_PROCESS:
-            self._note(self.callers, f"process.{name}")
+        elif owner in _ROOMS and name in _OF_PROCESS:
+            self._note(self.callers, f"{owner}.{name}")
         elif name == "Release":
             self._note(self.makers, f"{owner}.Release")
         elif name in {"__class__", "__dict__", "__new__", "__globals__", "__builtins__"} or (owner, name) == (
@@ -162,7 +185,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name, first = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
-        if name in {"getattr", "vars"} and first in {"os", "subprocess", "process", "selfupdate", ""}:
+        if name in {"getattr", "vars"} and first in {"os", "subprocess", "selfupdate", "", *_ROOMS}:
             wanted = node.args[1] if len(node.args) > 1 else None
             if not isinstance(wanted, ast.Constant) or not str(wanted.value).startswith("O_"):
                 self._note(self.faults, ast.unparse(node))
@@ -195,7 +218,7 @@ def _is_proved(source: dict[str, str]) -> bool:
     return (
         makers == {(*maker, "Release") for maker in MAKERS}
         and (starters, callers) == (STARTERS, CALLERS)
-        and faults == {LOADER}
+        and faults == KNOWN
     )
 
 
@@ -220,21 +243,23 @@ def test_only_a_few_places_start_programs() -> None:
     _, starters, callers, faults = _read(SOURCE)
     assert starters == STARTERS
     assert callers == CALLERS
-    assert faults == {LOADER}
+    assert faults == KNOWN
 
 
 def test_what_starts_a_candidate_takes_a_release() -> None:
     """Its signature says so, and its command is that release's, which nothing else has."""
     for module, where in TAKERS:
         assert _parameters(module, where)["release"] == "Release", where
-    assert "self._command = release.command(" in SOURCE["child"]
+    assert "self.command = release.command(" in SOURCE["started"]
     assert 'process.capture(\n                release.command("-version"),' in SOURCE["candidates"]
 
 
 def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> None:
     """A start executes another file only after it has put it there itself, from the store."""
     recover = SOURCE["service"].partition("def _recover")[2].partition("\n    def ")[0]
-    assert recover.index("if recover(self._journal, self._store, self._program.path):") < recover.index("os.execv(path")
+    assert recover.index("if recover(self._journal, self._store, self._program.path):") < recover.index(
+        "system.execute_instead(path"
+    )
     assert "path = str(self._program.path)" in recover
 
 
@@ -267,9 +292,13 @@ def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> No
         ("upgrade", "import os\nvars(os)['system']('true')"),
         ("upgrade", "import os\nvars()['os'].system('true')"),
         ("upgrade", "import subprocess\nsubprocess.run(['true'])"),
-        ("process", "def also(): subprocess.run(['true'])"),
-        ("process", "from subprocess import Popen"),
-        ("process", "def also(): os.posix_spawn('/bin/true', ['true'], {})"),
+        ("posix", "def also(): subprocess.run(['true'])"),
+        ("posix", "from subprocess import Popen"),
+        ("posix", "def also(): os.posix_spawn('/bin/true', ['true'], {})"),
+        ("upgrade", "from selfupdate.posix import spawn"),
+        ("upgrade", "from selfupdate import system\nsystem.start_piped(['true'], {}, '.', stdin=0, fds=[], mark='')"),
+        ("upgrade", "from selfupdate import launch\nlaunch.Child(1.0).start(['true'], {}, {}, [], 0)"),
+        ("system", "from selfupdate.posix import spawn as go"),
         ("upgrade", "from selfupdate.process import spawn"),
         ("upgrade", "from selfupdate import process as other"),
         ("upgrade", "from selfupdate import process\ngo = process.capture"),
@@ -292,7 +321,7 @@ def test_the_checker_finds_a_way_around(module: str, statement: str) -> None:
     assert not _is_proved({**SOURCE, module: f"{SOURCE[module]}\n{statement}\n"})
 
 
-@pytest.mark.parametrize(("module", "name"), [("process", "os.posix_spawn("), ("candidates", "process.capture(")])
+@pytest.mark.parametrize(("module", "name"), [("posix", "os.posix_spawn("), ("candidates", "process.capture(")])
 def test_the_checker_finds_what_has_gone(module: str, name: str) -> None:
     """A list that is longer than the source is wrong, too: it would let something in."""
     assert not _is_proved({**SOURCE, module: SOURCE[module].replace(name, "nothing(")})
@@ -363,6 +392,6 @@ def test_what_is_no_release_is_not_started(store: Store, candidate: Path, what: 
     unverified: Any = {"path": candidate, "name": str(candidate), "copy": store.stage(candidate)}[what]
     given = settings.parse([], {"HOME": "/"})
     addresses = ([parse_address("localhost:0")], parse_address("localhost:0"))
-    Child(Release(store.stage(candidate), ()), "2.0.0", given, *addresses)
+    Started(Release(store.stage(candidate), ()), "2.0.0", given, *addresses)
     with pytest.raises((AssertionError, AttributeError, TypeError)):
-        Child(unverified, "2.0.0", given, *addresses)
+        Started(unverified, "2.0.0", given, *addresses)

@@ -14,7 +14,8 @@ from service import PATIENCE, wait_for_end
 
 from selfupdate import notify, process
 from selfupdate.errors import StopRequestedError
-from selfupdate.process import Output, capture, ending, spawn
+from selfupdate.posix import Guard, spawn
+from selfupdate.process import Output, capture, ending
 
 
 def _run(script: str, *, time_limit: float = PATIENCE, size_limit: int = 4096, stop: bool = False) -> Output:
@@ -180,7 +181,7 @@ def test_a_guard_passes_on_what_a_group_writes_later(capfd: pytest.CaptureFixtur
         [read],
         streams=writers,
     )
-    guard = process.Guard(child.pid, readers)
+    guard = Guard(child.pid, readers)
     guard.release()
     guard.leave()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -202,7 +203,7 @@ def test_a_guard_kills_a_group_whose_parent_died(is_released: bool) -> None:  # 
     parent = os.fork()
     if not parent:
         child = spawn(["/bin/sh", "-c", "sleep 600 & wait"], {"PATH": "/bin:/usr/bin"}, [])
-        guard = process.Guard(child.pid, readers)
+        guard = Guard(child.pid, readers)
         if is_released:
             guard.release()
         os.write(write, str(child.pid).encode())

@@ -22,7 +22,7 @@ from keys import FOR_US, NAMESPACE, OpenPgpKeys, SshKey, SshKeys
 from programs import Programs, fake, write_program
 from service import PATIENCE, Service
 
-from selfupdate import process, settings, verifier
+from selfupdate import posix, settings, verifier
 from selfupdate.errors import CandidateError, NotEligibleError, TrustError
 from selfupdate.trust import Trust
 
@@ -105,7 +105,7 @@ def test_unsigned_on_a_socket_that_others_can_reach(programs: Programs, tmp_path
         listener.bind(("0.0.0.0", 0))
         listener.listen()
         command = [str(programs.version("1.0.0")), *flags]
-        child = process.spawn(command, os.environ, [listener.fileno()], listeners=1, streams={2: into})
+        child = posix.spawn(command, os.environ, [listener.fileno()], listeners=1, streams={2: into})
         os.close(into)
         try:
             first = said.readline()
