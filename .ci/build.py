@@ -55,7 +55,7 @@ for name, source in json.load(sys.stdin).items():
 def build(target: Path, version: str | None = None, *, windows: bool = False) -> None:
     """Write the program to `target`, complete or not at all; `version` replaces the source's own."""
     archive = _archive(version)
-    content = _launcher() + WINDOWS_SHEBANG + archive if windows else SHEBANG + archive
+    content = for_windows(archive) if windows else SHEBANG + archive
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     partial.write_bytes(content)
@@ -112,10 +112,10 @@ def _archive(version: str | None) -> bytes:
     return buffer.getvalue()
 
 
-def _launcher() -> bytes:
-    """Return the stub that runs the interpreter which the line after it names, on 64-bit Windows."""
+def for_windows(archive: bytes) -> bytes:
+    """Return an archive as an .exe: behind a stub that runs the interpreter which the line after it names."""
     path = importlib.metadata.distribution("distlib").locate_file("distlib/t64.exe")
-    return Path(str(path)).read_bytes()
+    return Path(str(path)).read_bytes() + WINDOWS_SHEBANG + archive
 
 
 def main() -> None:

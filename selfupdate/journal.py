@@ -147,6 +147,15 @@ class Record:
 _TYPES: dict[str, Any] = {"str": str, "str | None": (str, type(None)), "bool": bool, "bool | None": (bool, type(None))}
 _KINDS = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(Record) if field.type in _TYPES}
 
+_NOT_OURS = -1
+"""In place of a descriptor: this process may not write."""
+_LOST = -2
+"""In place of a descriptor: the file could not be opened again, and each write fails."""
+
+_BINARY = getattr(os, "O_BINARY", 0)
+_APPEND = os.O_RDWR | os.O_APPEND | _BINARY
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY
+
 
 class Journal:
     """All upgrades that are known, newest first. Safe to use from any thread."""
@@ -154,7 +163,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Keep the history in memory until `read` and `open` are called."""
         self._path = path
-        self._fd = -1
+        self._fd = _NOT_OURS
         self._size = 0
         self._rotated_at = ROTATED_AT
         # Writing waits for the disk, and reading must not wait for writing: two locks, always in this order.
@@ -168,7 +177,7 @@ class Journal:
         try:
             with self._writing:
                 self.read()
-                self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+                self._fd = os.open(self._path, _APPEND | os.O_CREAT, 0o600)
                 self._size = os.fstat(self._fd).st_size
                 if self._size and not self._path.read_bytes().endswith(b"\n"):
                     self._size += os.write(self._fd, b"\n")  # behind a torn line
@@ -298,8 +307,8 @@ class Journal:
 
     def _append(self, record: Record) -> None:
         """Write a line, whole, and wait until the disk has it. Raises OSError, with the file as it was."""
-        if self._fd < 0:
-            return  # this process may not write
+        if self._fd == _NOT_OURS:
+            return
         line = _line(record)
         if self._size + len(line) > self._rotated_at:
             self._rotate()
@@ -317,18 +326,19 @@ class Journal:
         partial = self._path.with_name(".journal.new")
         with self._changed:
             content = b"".join(map(_line, self._records.values()))
-        fd = os.open(partial, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(os.open(partial, _NEW, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor, not a path
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        old, self._fd = self._fd, _LOST
+        if old != _LOST:
+            os.close(old)  # Windows replaces no file that is open, and renames none
         try:
-            with open(fd, "wb", closefd=False) as file:
-                file.write(content)
-            os.fsync(fd)
             partial.replace(self._path)
             sync_directory(self._path.parent)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(self._fd)
-        self._fd, self._size = fd, len(content)
+        finally:
+            self._fd = os.open(self._path, _APPEND)
+            self._size = os.fstat(self._fd).st_size
         self._rotated_at = max(ROTATED_AT, 2 * self._size)  # or a long history would be written with every line
 
     def read(self) -> None:

@@ -392,6 +392,11 @@ class Guard:
         self._shell.forget()
 
 
+def own_child(pid: int) -> Process:
+    """Return the child `pid`, which this process started before it became what it is. Raises OSError."""
+    return Process(pid)
+
+
 def start_piped(
     arguments: Sequence[str],
     environ: Mapping[str, str],

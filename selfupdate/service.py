@@ -259,7 +259,7 @@ class _Service:
         if is_dismissed:
             assert self._incumbent is not None
             self._incumbent.close_channel()
-            return accompany(system.Process(self._incumbent.pid), self._signals, self._manager)
+            return accompany(system.own_child(self._incumbent.pid), self._signals, self._manager)
         if self._upgrader.successor is not None:
             self._manager.hand_over(self._upgrader.successor)
         return 0
@@ -436,7 +436,7 @@ class _Service:
         serving = comeback.successor if comeback else None
         if serving is None and self._standby and self._incumbent and self._incumbent.comes_back:
             with contextlib.suppress(OSError):
-                serving = system.Process(self._incumbent.pid)
+                serving = system.own_child(self._incumbent.pid)
         if serving is None:
             return 0
         os.kill(serving.pid, signal.SIGTERM)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from service import PATIENCE
 
+from selfupdate.errors import UpgradeError
 from selfupdate.journal import KEPT, ROTATED_AT, Journal, Record
 
 if TYPE_CHECKING:
@@ -59,6 +63,35 @@ def test_the_file_is_written_anew_above_a_size_and_keeps_the_history(tmp_path: P
     again.read()
     assert again.records() == journal.records()
     assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
+
+
+def test_a_journal_that_cannot_be_written_anew_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file can't take its place, or can't be opened there: no step is taken that is not written down."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open()
+    record = journal.begin("1.0.0", "CHOOSING")
+    journal.change(record.id, reason="x" * ROTATED_AT)
+
+    real = os.open
+
+    def fail(of: Path, *rest: Any) -> int:
+        if path in {of, *rest}:
+            raise OSError(errno.ENOSPC, "no room")
+        return real(of, *rest)
+
+    for owner, name in ((type(path), "replace"), (os, "open")):
+        with monkeypatch.context() as broken:
+            broken.setattr(owner, name, fail)
+            for _ in range(2):
+                with pytest.raises(UpgradeError, match="cannot be written"):
+                    journal.change(record.id, reason="lost")
+        changed = journal.change(record.id, reason="x" * ROTATED_AT + name)
+        again = Journal(path)
+        again.read()
+        assert again.records() == [changed]
 
 
 def test_a_long_history_is_not_written_with_every_line(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ STARTERS = {
     ("posix", "become", "os.execve"),
     ("posix", "start_piped", "subprocess.Popen"),
     ("posix", "execute_instead", "os.execv"),
+    ("windows", "_start", "subprocess.Popen"),
 }
 """Where another program is started: only the operating system's rooms do that."""
 
@@ -63,8 +64,10 @@ IMPORTERS = {
 
 KNOWN = {
     ("program", "file_of_this_program", "sys.modules"),
+    ("win32", "", "import ctypes"),
+    ("win32", "", "from ctypes import wintypes"),
 }
-"""A look at where this program itself was loaded from, by a way that could lead elsewhere."""
+"""What could lead elsewhere: a look at where this program itself was loaded from, and the calls of Windows."""
 
 TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._ask")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
@@ -304,6 +307,8 @@ def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> No
         ("upgrade", "from selfupdate import process\ngo = process.capture"),
         ("candidates", "def also(path): return process.capture([path], {}, path)"),
         ("upgrade", "from . import process"),
+        ("windows", "def also(): subprocess.run(['true'])"),
+        ("win32", "def also(): _kernel.CreateProcessW(None)"),
         ("upgrade", "import pty"),
         ("upgrade", "import ctypes"),
         ("upgrade", "import runpy"),

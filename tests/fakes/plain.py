@@ -37,7 +37,7 @@ class Service(http.server.BaseHTTPRequestHandler):
 
 
 class UnixServer(http.server.ThreadingHTTPServer):
-    address_family = socket.AF_UNIX
+    address_family = getattr(socket, "AF_UNIX", None)  # which Windows has not
     server_bind = socketserver.TCPServer.server_bind
 
 
