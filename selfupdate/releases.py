@@ -230,7 +230,8 @@ def install(copy: Copy, program: Path) -> None:
             with copy.path.open("rb") as reader, partial.open("xb") as writer:
                 shutil.copyfileobj(reader, writer, _CHUNK)
                 writer.flush()
-                if hasattr(os, "fchown"):
+                made = os.fstat(writer.fileno())
+                if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid) and hasattr(os, "fchown"):
                     os.fchown(writer.fileno(), before.st_uid, before.st_gid)
                 partial.chmod(stat.S_IMODE(before.st_mode))
                 os.fsync(writer.fileno())

@@ -39,6 +39,7 @@ from selfupdate.server import Server
 from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
 from selfupdate.trust import Trust
+from selfupdate.unit import print_unit
 from selfupdate.upgrade import Upgrader
 from selfupdate.verify import verify
 
@@ -83,6 +84,9 @@ def _run(arguments: Sequence[str]) -> int:
     if given.verify is not None:
         settings.check(given)
         return verify(given, given.verify)
+    if given.print_unit:
+        settings.check(given)
+        return print_unit(given)
     return _Service(given).run()
 
 

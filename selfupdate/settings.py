@@ -154,6 +154,7 @@ FLAGS = (
     Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, print each phase, and exit", _CALL),
     Flag("rollback", "false", _switch, _BOOLEAN, "ask the running service to go back to the version before", _CALL),
     Flag("verify", None, _path, _FILE, "print whether a file would be trusted, without running it, and exit", _CALL),
+    Flag("print-unit", "false", _switch, _BOOLEAN, "print a systemd unit for the given flags, and exit", _CALL),
     Flag("version", "false", _switch, _BOOLEAN, "print the version and exit", _CALL),
     Flag("help", "false", _switch, _BOOLEAN, "print this text and exit", _CALL),
 )
@@ -239,6 +240,7 @@ class Settings:
     apply: bool
     rollback: bool
     verify: Path | None
+    print_unit: bool
     version: bool
     help: bool
     given: Mapping[str, str]
