@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ def places(bind: str) -> list[Place]:
     found: list[Place] = []
     for text in bind.split(","):
         host, _, port = text.rpartition(":")
-        found.append(port if host == "unix" else (host, int(port)))
+        found.append(port if host == "unix" else (host or "localhost", int(port)))
     return found
 
 
@@ -80,92 +80,20 @@ def as_manager(fds: Sequence[int]) -> list[str]:
     return ["/bin/bash", "-c", script]
 
 
-class Service:
-    """A process that was started from a program, with its successors, until none is left."""
+class Watched:
+    """A service that runs somewhere: what it says, in its log and over HTTP."""
 
-    def __init__(
-        self,
-        program: Path,
-        directory: Path,
-        *flags: str,
-        environ: Mapping[str, str] | None = None,
-        user: int | None = None,
-        passed: Sequence[socket.socket] = (),
-    ) -> None:
-        """Pass on the listening sockets `passed`, as a service manager does; LISTEN_FDNAMES is in `environ`."""
-        self.upgrade_dir = directory / "upgrades"
-        self.upgrade_dir.mkdir(parents=True, exist_ok=True)
-        self.program = directory / "self-update"
-        if program != self.program:
-            shutil.copy2(program, self.program)  # an upgrade replaces the file that the service is started from
+    def __init__(self) -> None:
         self.lines: list[Line] = []
-        self.statuses: dict[int, int | None] = {}
-        """How each process that has ended did so."""
-        self.state_dir = directory / "state"
-        self._user = user
-        self._fds = [listener.fileno() for listener in passed]
-        self._before = as_manager(self._fds) if passed else []
-        self._says_where = bool(passed) or "-bind" in flags or "SELF_UPDATE_BIND" in (environ or {})
-        self._flags = (*(() if is_checked(flags) else ("-insecure-allow-unsigned",)), *flags)
-        self._directory = directory
-        self._environ = {**os.environ, **(environ or {})}
+        self.headers: dict[str, str] = {}
+        """What each request bears."""
         self._news = threading.Condition()
-        self._start()
-
-    def _start(self) -> None:
-        """Start the program on disk."""
         self._ended = False
-        self.process = subprocess.Popen(
-            [
-                *self._before,
-                str(self.program),
-                *(() if self._says_where else ("-bind", "localhost:0")),
-                *("-upgrade-bind", "localhost:0"),
-                *("-state-dir", str(self.state_dir), "-upgrade-dir", str(self.upgrade_dir)),
-                *self._flags,
-            ],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=self._environ,
-            start_new_session=True,
-            cwd=self._directory,
-            user=self._user,
-            pass_fds=self._fds,
-        )
-        threading.Thread(target=self._read, daemon=True).start()
 
-    def restart(self, *flags: str) -> None:
-        """Start again what is on disk now, when no process is left; with other flags, if any are given."""
-        self.lines.clear()
-        self._flags = flags or self._flags
-        self._start()
-
-    def survivor(self) -> Any:
-        """Return the status when somebody serves for good, or None when no process is left."""
-        address = self.places[0]
-        deadline = time.monotonic() + PATIENCE
-        while not self._ended:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                status = self.ask("GET", "/status", address=address, timeout=1.0).json
-                if status.get("phase") == "RUNNING":
-                    return status
-            assert time.monotonic() < deadline, self.lines
-        return None
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        self.kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr:
-            for text in self.process.stderr:
+    def read(self, stream: IO[bytes]) -> None:
+        """Take what the service writes from `stream`, until that ends."""
+        with stream:
+            for text in stream:
                 try:
                     line = json.loads(text)
                 except ValueError:
@@ -206,6 +134,10 @@ class Service:
         """All that it serves on."""
         return places(self.line(message="serving")["bind"])
 
+    def connect(self, place: Place, timeout: float) -> socket.socket:
+        """Return a connection to the service."""
+        return connect(place, timeout)
+
     def ask(
         self,
         method: str,
@@ -219,8 +151,9 @@ class Service:
         place = address or self.places[0]
         connection = http.client.HTTPConnection(*(place if isinstance(place, tuple) else ("localhost",)))
         try:
-            connection.sock = connect(place, timeout)
-            connection.request(method, path, None if body is None else json.dumps(body), dict(headers or {}))
+            connection.sock = self.connect(place, timeout)
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {**self.headers, **(headers or {})})
             return Answer(connection.getresponse())
         finally:
             connection.close()
@@ -259,9 +192,92 @@ class Service:
                 return value
             assert time.monotonic() < deadline, value
 
+
+class Service(Watched):
+    """A process that was started from a program, with its successors, until none is left."""
+
+    def __init__(
+        self,
+        program: Path,
+        directory: Path,
+        *flags: str,
+        environ: Mapping[str, str] | None = None,
+        user: int | None = None,
+        passed: Sequence[socket.socket] = (),
+    ) -> None:
+        """Pass on the listening sockets `passed`, as a service manager does; LISTEN_FDNAMES is in `environ`."""
+        super().__init__()
+        self.upgrade_dir = directory / "upgrades"
+        self.upgrade_dir.mkdir(parents=True, exist_ok=True)
+        self.program = directory / "self-update"
+        if program != self.program:
+            shutil.copy2(program, self.program)  # an upgrade replaces the file that the service is started from
+        self.statuses: dict[int, int | None] = {}
+        """How each process that has ended did so."""
+        self.state_dir = directory / "state"
+        self._user = user
+        self._fds = [listener.fileno() for listener in passed]
+        self._before = as_manager(self._fds) if passed else []
+        self._says_where = bool(passed) or "-bind" in flags or "SELF_UPDATE_BIND" in (environ or {})
+        self._flags = (*(() if is_checked(flags) else ("-insecure-allow-unsigned",)), *flags)
+        self._directory = directory
+        self._environ = {**os.environ, **(environ or {})}
+        self._start()
+
+    def _start(self) -> None:
+        """Start the program on disk."""
+        self._ended = False
+        self.process = subprocess.Popen(
+            [
+                *self._before,
+                str(self.program),
+                *(() if self._says_where else ("-bind", "localhost:0")),
+                *("-upgrade-bind", "localhost:0"),
+                *("-state-dir", str(self.state_dir), "-upgrade-dir", str(self.upgrade_dir)),
+                *self._flags,
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=self._environ,
+            start_new_session=True,
+            cwd=self._directory,
+            user=self._user,
+            pass_fds=self._fds,
+        )
+        assert self.process.stderr is not None
+        threading.Thread(target=self.read, args=[self.process.stderr], daemon=True).start()
+
+    def restart(self, *flags: str) -> None:
+        """Start again what is on disk now, when no process is left; with other flags, if any are given."""
+        self.lines.clear()
+        self._flags = flags or self._flags
+        self._start()
+
+    def survivor(self) -> Any:
+        """Return the status when somebody serves for good, or None when no process is left."""
+        address = self.places[0]
+        deadline = time.monotonic() + PATIENCE
+        while not self._ended:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status = self.ask("GET", "/status", address=address, timeout=1.0).json
+                if status.get("phase") == "RUNNING":
+                    return status
+            assert time.monotonic() < deadline, self.lines
+        return None
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
     def pids(self) -> list[int]:
         """Return the processes of the service's session, zombies included."""
-        return [pid for pid, session in _sessions() if session == self.process.pid]
+        return [pid for pid, session in sessions() if session == self.process.pid]
 
     def wait_until_alone(self, *pids: int) -> None:
         """Wait until `pids` are the only processes left."""
@@ -301,7 +317,7 @@ class Service:
 
     def kill(self) -> None:
         """Leave nothing behind."""
-        while pids := [pid for pid in self.pids() if not _is_zombie(pid)]:
+        while pids := [pid for pid in self.pids() if not is_zombie(pid)]:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -324,7 +340,7 @@ def wait_for_end(pid: int) -> None:
         os.close(fd)
 
 
-def _sessions() -> list[tuple[int, int]]:
+def sessions() -> list[tuple[int, int]]:
     """Return each process with its session (proc(5), stat, field 6)."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -339,7 +355,7 @@ def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
-def _is_zombie(pid: int) -> bool:
+def is_zombie(pid: int) -> bool:
     try:
         return _stat(pid)[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -190,7 +190,8 @@ class WindowsService(Service):
             env=self._wine.environ,
             cwd=self._directory,
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        assert self.process.stderr is not None
+        threading.Thread(target=self.read, args=(self.process.stderr,), daemon=True).start()
 
     def ask_to_stop(self, pid: int) -> None:
         """Signal the event of the process `pid`."""
