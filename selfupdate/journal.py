@@ -223,11 +223,7 @@ class Journal:
     def put(self, record: Record) -> Record:
         """Take in a record as it is, in memory alone."""
         with self._changed:
-            self._records[record.id] = record
-            if len(self._records) > KEPT:
-                # What failed must not be forgotten for what is merely more recent.
-                passing = (key for key, old in self._records.items() if not old.is_fault_of_release)
-                del self._records[next(passing, next(iter(self._records)))]
+            _keep(self._records, record)
             for follower in self._followers:
                 follower(record)
             self._changed.notify_all()
@@ -356,6 +352,7 @@ class Journal:
             ) from error
 
     def _read_lines(self, lines: Iterable[bytes]) -> None:
+        found: dict[str, Record] = {}
         for number, line in enumerate(lines, 1):
             if line == b"\n":
                 continue
@@ -364,8 +361,20 @@ class Journal:
             except (ValueError, KeyError, TypeError, RecursionError, VersionError):
                 _log.warning("a line of the journal is passed over", extra={"path": str(self._path), "line": number})
                 continue
-            self._records.pop(record.id, None)
-            self.put(record)
+            found.pop(record.id, None)
+            _keep(found, record)
+        with self._changed:  # nobody sees a part of it
+            self._records = {**found, **{key: record for key, record in self._records.items() if key not in found}}
+            self._changed.notify_all()
+
+
+def _keep(records: dict[str, Record], record: Record) -> None:
+    """Add a record, and remove the oldest where there are too many."""
+    records[record.id] = record
+    if len(records) > KEPT:
+        # What failed must not be forgotten for what is merely more recent.
+        passing = (key for key, old in records.items() if not old.is_fault_of_release)
+        del records[next(passing, next(iter(records)))]
 
 
 def _line(record: Record) -> bytes:

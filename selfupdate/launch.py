@@ -67,10 +67,13 @@ class _Link:
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send a message on the channel."""
+        self._send(json.dumps(message).encode())
+
+    def _send(self, message: bytes) -> None:
         if self._is_deaf:
             self._channel.setblocking(False)
         try:
-            self._channel.send(json.dumps(message).encode())
+            self._channel.send(message)
         except OSError as error:
             # It has gone, which is told otherwise, or does not read, which it need not: no more waiting for it.
             self._is_deaf = error.errno != errno.EMSGSIZE
@@ -142,17 +145,27 @@ class Child(_Link):
         self._let_write()
         self._close()
 
-    def leave_to_hand_back(self, patience: float) -> Comeback | None:
-        """Let go of it, where it is to hand back, and return what that takes; None where it does not say so in time."""
+    def leave_to_hand_back(self, patience: float, hello: Mapping[str, object], listeners: int) -> Comeback | None:
+        """Let go of it, where it is to hand back, and return what that takes; None where it does not say so in time.
+
+        Where it has ended, this process will find what it would have been told, and that nobody is there.
+        """
+        assert self._process is not None
         self._let_write()
         self._notifications.close()
         self._channel.settimeout(patience)
         try:
             address = str(json.loads(self._channel.recv(_ANSWER_SIZE))["notify"])
         except (OSError, ValueError, KeyError, TypeError):
-            self._close()
-            return None
-        assert self._process is not None
+            self._channel.close()
+            has_ended = self._process.wait(time.monotonic() + _LAST_WORDS_TIME)  # which follows that of the channel
+            if not has_ended or self._process.end(0) == 0:  # it was told to stop
+                self._process.forget()
+                return None
+            nobody, self._channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with nobody:
+                nobody.send(_to_the_original(self.pid, hello, listeners))
+            address = ""
         return Comeback(address, self._channel, self._process)
 
     def _let_write(self) -> None:
@@ -196,8 +209,7 @@ class Parent(_Link):
     def call(self, hello: Mapping[str, object], listeners: int) -> None:
         """Have it come, bringing `listeners` sockets, and tell it `hello` first."""
         self.tell({"notify": self._notifications.address})
-        lock = FIRST_FD + listeners + 1  # behind the channel: see Comeback
-        self.tell({**hello, "lock": lock, "streams": [], "comes_back": True, "pid": os.getpid()})
+        self._send(_to_the_original(os.getpid(), hello, listeners))
 
     def dismiss(self, grace: float) -> None:
         """Have it serve no more and stay until this process ends, or end it where it does not answer to that."""
@@ -220,6 +232,12 @@ class Parent(_Link):
 
     def reap(self) -> None:
         """Leave its status to its own parent."""
+
+
+def _to_the_original(pid: int, hello: Mapping[str, object], listeners: int) -> bytes:
+    """Return what the process `pid` tells the original one first; see Comeback for what that brings itself."""
+    lock = FIRST_FD + listeners + 1  # behind the channel
+    return json.dumps({**hello, "lock": lock, "streams": [], "comes_back": True, "pid": pid}).encode()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Manager:
         `is_main` says whether this process, which is `version`, is the one that the manager knows.
         """
         if environ.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):  # sd_watchdog_enabled(3)
-            del environ["WATCHDOG_USEC"]
+            environ.pop("WATCHDOG_USEC", None)
         for name in _VARIABLES:
             if name in environ:
                 environ[_PREFIX + name] = environ.pop(name)
@@ -66,8 +66,9 @@ class Manager:
         return int(usec) / 2_000_000 if usec.isdecimal() and int(usec) else None
 
     def alive(self) -> None:
-        """Give a sign of life."""
-        self._tell(WATCHDOG="1")
+        """Give a sign of life, if one is wanted."""
+        if self.watchdog_interval is not None:
+            self._tell(WATCHDOG="1")
 
     def ready(self, status: str) -> None:
         """Say that the service serves."""

@@ -14,8 +14,6 @@ that passed the trial serves on, and says so.
 
 from __future__ import annotations
 
-import os
-import time
 from typing import TYPE_CHECKING
 
 from selfupdate import system
@@ -26,9 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from selfupdate.listener import Address
-    from selfupdate.manager import Manager
     from selfupdate.settings import Settings
-    from selfupdate.signals import Signals
 
 
 class Original(Successor):
@@ -65,18 +61,3 @@ class Original(Successor):
         """Let go of it: it ends when this process has ended, so that a supervisor sees the last one leave."""
         if self._parent:
             self._parent.leave()
-
-
-def accompany(serving: system.Process, signals: Signals, manager: Manager) -> int:
-    """Stay, as the process that is known, until the one that serves has ended; return the exit status.
-
-    Stop signals are passed on to it.
-    """
-    manager.ready(f"process {serving.pid} serves")
-    signals.listen()
-    while not serving.wait(time.monotonic()):
-        manager.alive()
-        word = signals.next(manager.watchdog_interval, serving.exit_fd)
-        if word:
-            os.kill(serving.pid, word)
-    return min(abs(serving.end(0)), 1)

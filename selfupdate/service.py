@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -19,6 +20,7 @@ from selfupdate.access import Gate, read_token
 from selfupdate.app import App
 from selfupdate.candidates import Scanner
 from selfupdate.client import Client
+from selfupdate.company import Company
 from selfupdate.errors import (
     CandidateError,
     IllegalTransitionError,
@@ -31,7 +33,6 @@ from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.manager import Manager
-from selfupdate.original import accompany
 from selfupdate.program import Program
 from selfupdate.recovery import recover, settle
 from selfupdate.releases import Store
@@ -128,9 +129,11 @@ class _Service:
         self._stop_out, self._stop_in = socket.socketpair()
         self._trust = Trust(given, self._store, self._stop_out.fileno())
         self._compose()
+        self._company = Company(
+            self._upgrader, self._server, self._signals, self._manager, self._state, given.limits.health_time
+        )
         self._follow()
         self._standby: Standby | None = None
-        self._listeners: Sequence[Listener] = ()
 
     def _compose(self) -> None:
         """Put together what answers and what upgrades, of the nouns that are there."""
@@ -160,7 +163,7 @@ class _Service:
             server=self._server,
             stop=(self._stop_out, self._stop_in),
             lock_fd=self._state.lock_fd,
-            on_retired=self._signals.wake,
+            on_settled=self._signals.wake,
             on_stop=lambda: self._signals.wake(signals.STOP),
         )
         self._app = App(
@@ -204,25 +207,36 @@ class _Service:
                 accept=self._accept,
                 on_settled=self._signals.wake,
             )
-            self._standby.begin()
+            try:
+                self._standby.begin()
+            except StartError as error:
+                if not self._incumbent.comes_back:
+                    raise
+                return self._give_up(error)
         else:
             self._accept(listeners.listen(self._places))
             self._manager.ready(f"{__version__} serves on {listeners.join(self._upgrader.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
-        self._signals.listen()
         while True:
             word = self._signals.next()
             assert word is not None
             if word == signals.HANG_UP:
-                threading.Thread(target=self._upgrade, name="reload", daemon=True).start()
+                self._hang_up()
             elif word != signals.SETTLED:
                 return self._stop(word)
             elif self._lifecycle.phase is Phase.RETIRED:
                 return self._retire()
             else:
                 self._settle()
+
+    def _hang_up(self) -> None:
+        """Begin an upgrade, or leave that to the version that this process is about to become."""
+        if self._lifecycle.phase is Phase.RETIRED:
+            self._company.is_hung_up = True
+        else:
+            threading.Thread(target=self._upgrade, name="reload", daemon=True).start()
 
     def _upgrade(self) -> None:
         """Do as `POST /upgrade` does, and write the answer into the log."""
@@ -234,7 +248,10 @@ class _Service:
 
     def _settle(self) -> None:
         """Go on as what this process has become: the service, which may be about to hand back."""
-        if self._standby is None or self._incumbent is None:
+        if self._incumbent is None:
+            return
+        if self._standby is None:  # the original process did not come back
+            self._manager.is_main = os.getppid() != self._incumbent.pid
             return
         self._standby.end()
         self._standby = None
@@ -250,46 +267,50 @@ class _Service:
 
     def _retire(self) -> int:
         """Leave the service to the process that took over, or become it; return the exit status."""
-        if self._standby:
-            self._standby.end()
-        if self._upgrader.comeback:
-            return self._come_back(self._upgrader.comeback)
-        is_dismissed = self._incumbent is not None and self._incumbent.comes_back and self._standby is not None
-        if is_dismissed:
+        comeback = self._upgrader.comeback
+        if comeback:
+            word = self._company.come_back(comeback, {**os.environ, **self._settings.environment()})
+            return self._company.stay_with(comeback.successor) if word is None else self._stop(word)
+        partner = self._partner()
+        if self._standby and self._incumbent:  # nobody hands over to this process any more
             self._server.pause(self._settings.drain)
-            self._server.wait_until_empty()
+            self._incumbent.close_channel()
+            self._standby.end()
+        self._server.wait_until_empty()
         self._server.close(0)
         _log.info("retired")
-        if is_dismissed:
-            assert self._incumbent is not None
-            self._incumbent.close_channel()
-            return accompany(system.own_child(self._incumbent.pid), self._signals, self._manager)
-        if self._upgrader.successor is not None:
-            self._manager.hand_over(self._upgrader.successor)
+        if partner:
+            return self._company.stay_with(partner)
+        if self._upgrader.successor_pid is not None:
+            self._manager.hand_over(self._upgrader.successor_pid)
         return 0
 
-    def _come_back(self, comeback: system.Comeback) -> int:
-        """Execute the release that serves now; where that fails, stay with it as the process that is known."""
-        with contextlib.ExitStack() as kept:
-            environ = {**os.environ, **self._settings.environment()}
-            passed = [replace(one, sock=kept.enter_context(one.sock.dup())) for one in self._listeners]
-            self._server.close(0)
-            self._signals.hold()
-            while (word := self._signals.next(0)) is not None:
-                if word == signals.HANG_UP:
-                    os.kill(os.getpid(), word)  # blocked now, it waits for the new version
-                elif word != signals.SETTLED:
-                    return self._stop(word)
-            command = self._upgrader.command
-            _log.info("becomes the new version", extra={"release": command[0]})
-            sys.stdout.flush()
-            self._manager.alive()  # the next sign of life is the new version's
-            try:
-                comeback.execute(command, environ, passed, self._state.lock_fd)
-            except OSError as error:
-                _log.error("cannot become the new version", extra={"reason": error.strerror})
-                comeback.give_up(error)
-        return accompany(comeback.successor, self._signals, self._manager)
+    def _give_up(self, error: StartError) -> int:
+        """Stay what a supervisor knows, beside the version that would have handed back to this process."""
+        assert self._incumbent is not None
+        _log.error("cannot take over", extra={"reason": str(error)})
+        cause = error.__cause__
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        self._incumbent.announce(ERRNO=str(number), STATUS=str(error))
+        self._lifecycle.step(Event.DISMISSED)
+        self._close_places()
+        return self._retire()
+
+    def _partner(self) -> system.Process | None:
+        """Return the process beside which this one stays as the one that is known, and which it outlives; or None."""
+        comeback = self._upgrader.comeback
+        if comeback:
+            serving: system.Process = comeback.successor
+            return serving
+        pid = None
+        if self._standby and self._incumbent and self._incumbent.comes_back:
+            pid = self._incumbent.pid
+        elif os.getpid() == 1 and self._lifecycle.phase is Phase.RETIRED:  # with the init of a container all ends
+            pid = self._upgrader.successor_pid
+        try:
+            return system.own_child(pid) if pid else None
+        except OSError:
+            return None  # it has ended
 
     def _find_places(self) -> list[Address | Listener]:
         """Return what is to be served: addresses, and sockets that were passed on. Raises StartError."""
@@ -324,7 +345,6 @@ class _Service:
 
     def _accept(self, found: Sequence[Listener]) -> None:
         self._upgrader.serve_on(found)
-        self._listeners = found
         self._server.accept(*(listener.sock for listener in found))
         self._state.sign(str(self._upgrader.binds[0]))
         _log.info("serving", extra={"bind": listeners.join(self._upgrader.binds)})
@@ -420,11 +440,15 @@ class _Service:
         if self._incumbent and self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL}:
             self._incumbent.announce(STOPPING="1", X_SELF_UPDATE_STOP="1")
         self._upgrader.stop()
+        partner = self._partner()
+        self._pass_stop_on(partner)
         try:
             self._lifecycle.step(Event.STOP)
         except IllegalTransitionError:
             _log.debug("was stopping already, or has handed over", extra={"phase": self._lifecycle.phase})
         self._manager.stopping()
+        if not self._upgrader.listeners:
+            self._close_places()
         if self._standby:
             self._standby.end()
         self._remove_paths()
@@ -432,25 +456,28 @@ class _Service:
         if self._lifecycle.phase is Phase.STOPPING:
             self._lifecycle.step(Event.STOPPED)
         _log.info("stopped")
-        return self._see_off()
+        return self._company.outlive(partner) if partner else 0
 
-    def _see_off(self) -> int:
-        """Wait for the end of the other process, where this one is the one that is known: the last to leave."""
-        comeback = self._upgrader.comeback
-        serving = comeback.successor if comeback else None
-        if serving is None and self._standby and self._incumbent and self._incumbent.comes_back:
-            with contextlib.suppress(OSError):
-                serving = system.own_child(self._incumbent.pid)
-        if serving is None:
-            return 0
-        os.kill(serving.pid, signal.SIGTERM)
-        return accompany(serving, self._signals, self._manager)
+    def _pass_stop_on(self, partner: system.Process | None) -> None:
+        """Tell the process beside this one, or the one that has just taken over for good."""
+        pid = partner.pid if partner else None
+        if self._lifecycle.phase is Phase.RETIRED:
+            pid = pid or self._upgrader.successor_pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGTERM)
+
+    def _close_places(self) -> None:
+        """Let go of what was passed on: this process will not serve there."""
+        for place in self._places:
+            if isinstance(place, listeners.Listener):
+                place.sock.close()
 
     def _remove_paths(self) -> None:
         """Remove the paths of this service's Unix sockets, if nobody will serve there any more."""
         if self._lifecycle.phase is not Phase.STOPPING or (self._incumbent and self._incumbent.may_serve_again):
             return
-        for listener in self._listeners:
+        for listener in self._upgrader.listeners:
             listener.remove()
 
 

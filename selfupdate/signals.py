@@ -20,7 +20,7 @@ from selfupdate import system
 SETTLED = 0
 """A thread's word: what this process is has been settled."""
 CHILD: int = getattr(signal, "SIGCHLD", -1)
-"""A child has ended."""
+"""A child has ended; nobody is told."""
 HANG_UP: int = getattr(signal, "SIGHUP", -1)
 """An upgrade is asked for."""
 STOP = signal.SIGTERM
@@ -28,28 +28,20 @@ STOP = signal.SIGTERM
 
 
 class Signals:
-    """The words that have arrived. One for the system."""
+    """The words that have arrived. One for the process."""
 
     def __init__(self) -> None:
-        """Take signals from here on; they wait until `listen` is called."""
+        """Take signals from here on; they wait until `next` is called."""
         self._words: collections.deque[int] = collections.deque()
         self._out, self._in = socket.socketpair()
         self._in.setblocking(False)
         self._had_terminal = _has_terminal()
-        self.hold()
+        system.hold_signals()
         signal.set_wakeup_fd(self._in.fileno(), warn_on_full_buffer=False)
         for number in system.SIGNALS:
             if number != HANG_UP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1)
                 signal.signal(number, lambda number, _: self._words.append(number))
         system.watch_for_stop(lambda: self.wake(STOP))
-
-    def hold(self) -> None:
-        """Let signals wait."""
-        system.hold_signals()
-
-    def listen(self) -> None:
-        """Let signals come, those that waited first."""
-        system.take_signals()
 
     def wake(self, word: int = SETTLED) -> None:
         """Tell the main thread `word`."""
@@ -60,22 +52,32 @@ class Signals:
     def next(self, timeout: float | None = None, fd: int | None = None) -> int | None:
         """Return the next word; None when `timeout` seconds have passed, or `fd` is readable first.
 
-        A child's end is told where it is somebody's here, and a hang-up of the terminal is a stop.
+        Signals wait from when this returns until it is called again.
         """
         fds = [self._out.fileno()] if fd is None else [self._out.fileno(), fd]
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            while self._words:
-                word = self._words.popleft()
-                if word == CHILD:
-                    system.reap_strangers()
-                elif word == HANG_UP and self._had_terminal and not _has_terminal():
-                    return STOP
-                else:
-                    return word
-            if self._out.fileno() not in system.ready(fds, deadline):
-                return None
+        while (word := self._take()) is None:
+            system.take_signals()
+            try:
+                ready = system.ready(fds, deadline)
+            finally:
+                system.hold_signals()
+            if self._out.fileno() not in ready:
+                return self._take()  # what came just before it was held
             self._out.recv(4096)
+        return word
+
+    def _take(self) -> int | None:
+        """Return the first word that is for somebody else: children are reaped, a hang-up of the terminal is a stop."""
+        while self._words:
+            word = self._words.popleft()
+            if word == CHILD:
+                system.reap_strangers()
+            elif word == HANG_UP and self._had_terminal and not _has_terminal():
+                return STOP
+            else:
+                return word
+        return None
 
 
 def _has_terminal() -> bool:

@@ -70,14 +70,15 @@ class Started(Successor):
             kind = UpgradeError if error.errno in _OF_THE_MACHINE else SuccessorError
             raise kind(f"{self._name} cannot be executed: {error.strerror}", "cannot-execute") from error
 
-    def bless_to_hand_back(self) -> system.Comeback | None:
+    def bless_to_hand_back(self, hello: Mapping[str, object], listeners: int) -> system.Comeback | None:
         """Do as `bless` does, where it is to hand back to this process; return what that takes.
 
-        Returns None where it does not answer: it has ended, or will do without.
+        Where it has died, this process comes back to its `listeners` sockets by itself, with `hello`.
+        Returns None where it has stopped, or does not answer in time.
         """
         assert self._child is not None
         self._child.tell({"blessed": True, "comes_back": True})
-        return self._child.leave_to_hand_back(self._limits.replace_time)
+        return self._child.leave_to_hand_back(self._limits.replace_time, {**hello, "secret": self._secret}, listeners)
 
     def end(self, grace: float) -> None:
         """Let it leave within `grace` seconds, and kill what is left of its process group."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import process, system, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
+from selfupdate.foreign import shown
 from selfupdate.listener import Address, connect
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from selfupdate.settings import Settings
 
 ANSWER_SIZE = 65536
+_LONGEST_STATUS = 200
 
 
 class _NoAnswerError(SuccessorError):
@@ -248,7 +250,8 @@ class Successor:
             if fields.get("X_SELF_UPDATE_STOP") == "1":
                 raise StopRequestedError("a stop signal arrived at the successor")
             if "ERRNO" in fields:  # sd_notify(3)
-                raise SuccessorError(f"failed: {_error_text(fields['ERRNO'])}", "handover-failed")
+                why = fields.get("STATUS") or _error_text(fields["ERRNO"])
+                raise SuccessorError(f"failed: {shown(why, _LONGEST_STATUS)}", "handover-failed")
             if fields.get("X_SELF_UPDATE") == "1":
                 self.shares_listener = True
             if fields.get("X_SELF_UPDATE_HAND_BACK") == "1":

@@ -80,10 +80,10 @@ class Upgrader:
         server: Server,
         lock_fd: int,
         stop: tuple[socket.socket, socket.socket],
-        on_retired: Callable[[], None],
+        on_settled: Callable[[], None],
         on_stop: Callable[[], None],
     ) -> None:
-        """Call `on_retired` when a successor has taken over for good, `on_stop` when it was told to stop.
+        """Call `on_settled` when a successor has taken over for good, or could not, `on_stop` when it was told to stop.
 
         Of the pair `stop`, the first becomes readable when this process is to stop: each wait ends with it.
         """
@@ -97,13 +97,14 @@ class Upgrader:
         self._store = store
         self._trust = trust
         self._server = server
-        self._on_retired = on_retired
+        self._on_settled = on_settled
         self._on_stop = on_stop
         self._binds = settings.bind
         self._listeners: tuple[Listener, ...] = ()
         self._successor: Successor | None = None
         self.comeback: system.Comeback | None = None
         """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
+        self._comes_back = False
         self._claim_lock = threading.Lock()
         self.is_stopping = False
         self._idle = threading.Event()
@@ -116,9 +117,14 @@ class Upgrader:
         self._binds = tuple(listener.address for listener in listeners)
 
     @property
-    def successor(self) -> int | None:
+    def successor_pid(self) -> int | None:
         """The process to which this one handed over last, or was about to."""
         return self._successor.pid if self._successor else None
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """What the service listens on."""
+        return self._listeners
 
     @property
     def binds(self) -> tuple[Address, ...]:
@@ -204,7 +210,7 @@ class Upgrader:
                 current = current or self._journal.current()
                 if current is not None:
                     raise UpgradeUnderWayError(current.id) from None
-                if error.phase == Phase.RETIRED and self.comeback is None:
+                if error.phase == Phase.RETIRED and not self._comes_back:
                     raise HandedOverError("Another process serves now: ask again, over a new connection.") from None
                 raise NotNowError(f"This process is {error.phase}: ask again, over a new connection.") from None
             self._idle.clear()
@@ -230,7 +236,7 @@ class Upgrader:
         """Let requests under way end; the successor serves."""
         self._idle.set()
         self._server.wait_until_empty()
-        self._on_retired()
+        self._on_settled()
 
     def _drive_back(self, channel: system.Channel, pid: int) -> None:
         """Hand over to the original process, or serve on as the process that this one is."""
@@ -267,6 +273,7 @@ class Upgrader:
         with self._claim_lock:
             self._lifecycle.step(Event.REVERTED)
             self._idle.set()
+        self._on_settled()
 
     def _go_through(self, upgrade_id: str, candidate: Candidate) -> None:
         assert candidate.release is not None
@@ -284,6 +291,7 @@ class Upgrader:
         self._journal.follow(follower)
         try:
             self._pass_on(successor, functools.partial(self._step, upgrade_id), self._settings.probation)
+            self._comes_back = self._settings.keep_pid and successor.can_hand_back
             path = str(self._program.path) if self._program.path else None
             self._step(upgrade_id, Event.BLESSED, outcome="committed", ended_at=now(), program=path)
             commit = self._journal.get(upgrade_id)
@@ -291,8 +299,9 @@ class Upgrader:
             settle(self._journal, self._store, commit)
         finally:
             self._journal.unfollow(follower)
-        if self._settings.keep_pid and successor.can_hand_back:
-            self.comeback = successor.bless_to_hand_back()
+        if self._comes_back:
+            hello = self._hello(self._generation + 1, release.sha256, self._listeners)
+            self.comeback = successor.bless_to_hand_back(hello, len(self._listeners))
         else:
             successor.bless()
 

@@ -401,7 +401,7 @@ class Child:
         self._close()
         return status
 
-    def leave_to_hand_back(self, _patience: float) -> Comeback | None:
+    def leave_to_hand_back(self, _patience: float, _hello: Mapping[str, object], _listeners: int) -> Comeback | None:
         """Do as `leave` does: nobody can hand back to this process."""
         self.leave()
         return None
