@@ -15,7 +15,12 @@ def main() -> None:
     from selfupdate.service import run  # noqa: PLC0415 - see above
 
     status = run(sys.argv[1:])
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = status or 1
+        if not isinstance(error, BrokenPipeError):  # who has read enough needs no word
+            print(f"self-update: what was printed is not all there: {error.strerror}", file=sys.stderr)
     sys.stderr.flush()
     # Not sys.exit: while the interpreter takes itself apart, a second stop signal would kill it,
     # and a thread that still writes to a stream would make it abort. All that has an end has ended.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from typing import TYPE_CHECKING
@@ -51,3 +52,26 @@ def test_a_failed_start_exits_with_1(programs: Programs, tmp_path: Path, argumen
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith(f"self-update: {message}")
     assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("/dev/full", "self-update: what was printed is not all there: No space left on device\n"),
+        (None, ""),
+    ],
+    ids=["full", "closed"],
+)
+def test_what_cannot_be_printed_ends_a_command_with_1(programs: Programs, output: str | None, said: str) -> None:
+    """A full disk is named; who reads a pipe no further knows."""
+    if output is None:
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(output, os.O_WRONLY)
+    command = [str(programs.version("1.0.0")), "-help"]
+    try:
+        ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    finally:
+        os.close(write)
+    assert (ran.returncode, ran.stderr) == (1, said)
