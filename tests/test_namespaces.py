@@ -26,8 +26,12 @@ with Namespaces(["sleep", "600"]) as namespaces:
 
 def running(argument: str) -> list[str]:
     """Return the processes of this machine that have an argument."""
-    found = (path for path in Path("/proc").glob("[0-9]*/cmdline"))
-    return [path.parent.name for path in found if argument.encode() in path.read_bytes().split(b"\0")]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+    return found
 
 
 def test_what_runs_in_them_ends_with_them() -> None:
