@@ -269,18 +269,18 @@ class Successor:
             connect(self._upgrade_bind, self._limits.poll_interval).close()
         except OSError:
             return False
-        if self._may_share and self._says_its_pid(deadline, doing):
-            # One that answers so may speak the full protocol, and its announcement be under way.
+        if self._may_share and self._tells_its_health(deadline, doing):
+            # One that does may speak the full protocol, and its announcement be under way.
             self._announces_until = time.monotonic() + self._limits.announce_time
             return False
         return True
 
-    def _says_its_pid(self, deadline: float, doing: str) -> bool:
+    def _tells_its_health(self, deadline: float, doing: str) -> bool:
         try:
-            _, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
+            status, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
         except _NoAnswerError:  # it serves, and need not know that path
             return False
-        return self._owns(health.get("pid"))
+        return self._owns(health.get("pid")) or status >= http.client.INTERNAL_SERVER_ERROR
 
     def _wait_until_bound(self, bind: Address, deadline: float) -> None:
         while True:
