@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 VERSION ?=
+ARGS ?=
 
 venv := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-windows candidate run lint format test test-quick fuzz soak diagram lock clean
+.PHONY: help build build-windows candidate run lint format test test-quick test-all fuzz soak diagram lock clean
 
 help: ## show this text
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | while IFS="$$(printf '\t')" read -r name text; do \
@@ -43,6 +44,10 @@ test: .venv/dev.stamp ## all tests
 test-quick: .venv/dev.stamp ## the tests that start no service, in seconds
 	@mkdir -p dist
 	@.venv/bin/pytest --basetemp=dist/tests -m 'not slow'
+
+test-all: .venv/dev.stamp ## all tests under each Python from 3.11 to 3.14 that is here; ARGS='-m "not slow"' for pytest
+	@mkdir -p dist
+	@.ci/test-all $(ARGS)
 
 fuzz: SECONDS ?= 60
 fuzz: .venv/dev.stamp ## look for input that does harm, with random seeds, for SECONDS=60

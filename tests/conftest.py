@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
+import build
 import pytest
 from keys import OpenPgpKeys, SshKeys
 from programs import Programs
@@ -18,6 +21,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_sessionstart() -> None:
+    """Refuse to test one Python while another one runs the services."""
+    first_line = build.SHEBANG.decode().removeprefix("#!").split()
+    say = [*first_line, "-c", "import sys; print(sys.version, end='')"]
+    found = subprocess.run(say, stdout=subprocess.PIPE, text=True, check=False).stdout
+    if found != sys.version:
+        raise pytest.UsageError(f"the tests run under Python {sys.version}, and the services would under {found!r}")
 
 
 @pytest.fixture(scope="session")

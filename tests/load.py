@@ -135,7 +135,7 @@ class _Client:
 class _Generator:
     def __init__(self, address: Place) -> None:
         self.stopping = False
-        self._lock = threading.Lock()
+        self._news = threading.Condition()
         self._figures = Figures()
         clients = [_Client(self, address, keeps=number < KEEPING) for number in range(KEEPING + SINGLE)]
         self._threads = [threading.Thread(target=client.run) for client in clients]
@@ -144,7 +144,7 @@ class _Generator:
 
     def count(self, version: str | None, fault: str | None) -> None:
         now = time.monotonic()
-        with self._lock:
+        with self._news:
             figures = self._figures
             figures.answered += 1
             figures.longest_gap = max(figures.longest_gap, now - figures.last_answer)
@@ -153,18 +153,21 @@ class _Generator:
                 figures.failed[fault] += 1
             if version is not None and version not in figures.versions:
                 figures.versions.append(version)
+            self._news.notify()
 
     def count_failed(self, kind: str) -> None:
-        with self._lock:
+        with self._news:
             self._figures.failed[kind] += 1
+            self._news.notify()
 
     def count_ended(self) -> None:
-        with self._lock:
+        with self._news:
             self._figures.ended_between_answers += 1
 
     def take(self) -> dict[str, Any]:
-        now = time.monotonic()
-        with self._lock:
+        with self._news:
+            self._news.wait_for(lambda: self._figures.answered or self._figures.failed, TIMEOUT)
+            now = time.monotonic()
             figures, self._figures = self._figures, Figures(last_answer=self._figures.last_answer)
         figures.longest_gap = max(figures.longest_gap, now - figures.last_answer)
         figures.seconds = now - figures.began
@@ -201,7 +204,7 @@ class Load:
         self._process.stdout.close()
 
     def take(self) -> Figures:
-        """Return the figures since the last call."""
+        """Return the figures since the last call, of one request at least."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")

@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
-ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "LANG": "C.UTF-8", "HOME": "/root"}
-"""What a service manager gives, and not what the tests run in."""
+_PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+ENVIRON = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": "/root"}
+"""What a service manager gives, and not what the tests run in; but for the Python that is tested."""
 
 _CLONE_NEWNET = 0x40000000
 """For setns(2), which Python has from 3.12 on."""

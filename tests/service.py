@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -51,6 +52,9 @@ def places(bind: str) -> list[Place]:
 # Successors outlive the process that started them. With this process as their new parent (prctl(2),
 # PR_SET_CHILD_SUBREAPER), it learns how each of them ended, and reaps it.
 ctypes.CDLL(None).prctl(36, 1)
+
+# The first line of the program takes `python3` from PATH: it is to be the one that runs the tests.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 class Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import sys
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ def test_two_builds_are_the_same_byte_for_byte(tmp_path: Path) -> None:
     """Each in a process of its own, as `make build` runs it, with another time, umask and hash seed."""
     for name, seed in (("a", "1"), ("b", "2")):
         subprocess.run(
-            ["python3", build.__file__, tmp_path / name],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PATH": f"{build.ROOT}/.venv/bin:{os.environ['PATH']}"},
+            [sys.executable, build.__file__, tmp_path / name],
+            env={**os.environ, "PYTHONHASHSEED": seed},
             check=True,
             capture_output=True,
         )
@@ -33,7 +34,7 @@ def test_the_program_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None
     (tmp_path / "selfupdate.py").write_text("raise SystemExit('not ours')", encoding="utf-8")
     ran = subprocess.run(
         [target, "-dev=true", "-version"],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,

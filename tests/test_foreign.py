@@ -191,7 +191,7 @@ class Standby:
         self.temporary = free_address()
         manager = notify.Receiver()
         fds = [passed.fileno() for passed in (listener, channel) if passed]
-        environ = {"PATH": "/usr/bin:/bin", "NOTIFY_SOCKET": manager.address, **environ}
+        environ = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": manager.address, **environ}
         bind, upgrade_bind = (f"{host}:{port}" for host, port in (self.address, self.temporary))
         command = [str(program), "-upgrade", "true", "-upgrade-bind", upgrade_bind, "-bind", bind]
         self.process = posix.spawn(command, environ, fds, listeners=1 if listener else 0)

@@ -97,7 +97,7 @@ def test_this_program_succeeds_a_foreign_incumbent(programs: Programs, tmp_path:
     """It stands by, binds when asked, and serves on when the incumbent has gone."""
     bind, upgrade_bind = _free_addresses()
     incumbent = fake(tmp_path / "incumbent", "incumbent", "1.0.0", mode)
-    environ = {"SELF_UPDATE_STATE_DIR": str(tmp_path / "state"), "PATH": "/usr/bin:/bin"}
+    environ = {"SELF_UPDATE_STATE_DIR": str(tmp_path / "state"), "PATH": os.environ["PATH"]}
     with subprocess.Popen(
         [incumbent, bind, upgrade_bind, programs.version("2.0.0")], env=environ, stdout=subprocess.PIPE
     ) as process:
@@ -118,7 +118,7 @@ def test_this_program_leaves_when_a_foreign_incumbent_dies(programs: Programs, t
     incumbent = fake(tmp_path / "incumbent", "incumbent", "1.0.0", "dies")
     with subprocess.Popen(
         [incumbent, bind, upgrade_bind, programs.version("2.0.0")],
-        env={"SELF_UPDATE_STATE_DIR": str(tmp_path / "state"), "PATH": "/usr/bin:/bin"},
+        env={"SELF_UPDATE_STATE_DIR": str(tmp_path / "state"), "PATH": os.environ["PATH"]},
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stderr is not None
