@@ -34,14 +34,14 @@ step = upgrade.Upgrader._step
 def hold(self, upgrade_id, event, **fields):
     step(self, upgrade_id, event, **fields)
     if self._lifecycle.phase == {phase!r}:
-        open({gate!r}).close()
+        open({gate!r}).read()
 upgrade.Upgrader._step = hold
 """
 _HOLD_IN_CALL = """
 from selfupdate import candidates, successor
 call = {owner}.{name}
 def hold(self, *arguments):
-    open({gate!r}).close()
+    open({gate!r}).read()
     return call(self, *arguments)
 {owner}.{name} = hold
 """
