@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+from programs import fake
 from supervisors import NONE, RUNIT, S6, SUPERVISORD, TINI, Supervised, Supervisor, supervise
 
 if TYPE_CHECKING:
@@ -164,3 +165,15 @@ def test_the_first_process_reaps_strangers(start: Start, upgrades: int) -> None:
         served.upgrade("1.1.0")
     orphan = int(served.service.namespaces.run("sh", "-c", "cat <&0 & echo $!").stdout)
     served.service.wait_for_pids(lambda pids: orphan not in pids)
+
+
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_the_first_process_stays_with_one_that_cannot_hand_back(start: Start, name: str) -> None:
+    """A foreign program serves; the container goes on, and ends with it when it is told to stop."""
+    served = start(NONE, "-drain", "2s")
+    fake(served.service.upgrade_dir / "foreign", name, "2.0.0", "serves")
+    assert served.service.ask("POST", "/upgrade", {"name": "foreign"}).status == 202
+    served.service.line(message="retired", pid=served.pid)
+    assert served.service.get("/version")["version"] == "2.0.0"
+    os.kill(served.service.namespaces.pid, signal.SIGTERM)
+    assert served.service.namespaces.wait() == 1  # as the foreign one ends: by the signal
