@@ -53,6 +53,9 @@ def places(bind: str) -> list[Place]:
 # PR_SET_CHILD_SUBREAPER), it learns how each of them ended, and reaps it.
 ctypes.CDLL(None).prctl(36, 1)
 
+# One that ignores SIGHUP, as nohup(1) has it do, leaves that to all that it starts: here it is to mean something.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # The first line of the program takes `python3` from PATH: it is to be the one that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
