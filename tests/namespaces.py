@@ -204,7 +204,7 @@ class Inside(Watched):
 
     def wait_for_pids(self, is_so: Callable[[set[int]], bool]) -> None:
         """Wait until the processes in the namespaces are as `is_so` says: nothing tells when one has been reaped."""
-        self._poll(lambda: {process.pid for process in self.namespaces.inhabitants()}, is_so)
+        self.poll(lambda: {process.pid for process in self.namespaces.inhabitants()}, is_so)
 
 
 def next_line(stream: IO[bytes]) -> bytes:

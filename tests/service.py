@@ -183,15 +183,15 @@ class Watched:
 
     def record_when(self, upgrade_id: str, is_so: Callable[[Any], bool]) -> Any:
         """Return an upgrade's record once it is as `is_so` says."""
-        return self._poll(lambda: self.get(f"/upgrades/{upgrade_id}"), is_so)
+        return self.poll(lambda: self.get(f"/upgrades/{upgrade_id}"), is_so)
 
     def status_when(self, is_so: Callable[[Any], bool]) -> Any:
         """Return the status once it is as `is_so` says."""
-        return self._poll(lambda: self.get("/status"), is_so)
+        return self.poll(lambda: self.get("/status"), is_so)
 
     @staticmethod
-    def _poll(look: Callable[[], Any], is_so: Callable[[Any], bool]) -> Any:
-        # The HTTP interface is what is tested: it can only be asked.
+    def poll(look: Callable[[], Any], is_so: Callable[[Any], bool]) -> Any:
+        """Return what `look` finds once it is as `is_so` says: what is looked at can only be looked at again."""
         deadline = time.monotonic() + PATIENCE
         while True:
             value = look()
@@ -291,7 +291,7 @@ class Service(Watched):
         for other in self.pids():
             if other not in pids:
                 self.statuses[other] = self._reap(other)
-        self._poll(
+        self.poll(
             lambda: set(self.pids()), lambda left: left == set(pids)
         )  # its parent, being alive, reaps each: nothing tells when
 
