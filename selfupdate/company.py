@@ -92,7 +92,7 @@ class Company:
         while (word := self._told.next(0)) is not None:
             if word == signals.HANG_UP:
                 self.is_hung_up = True
-            elif word != signals.SETTLED:
+            elif word not in {signals.SETTLED, signals.RETIRED}:
                 return word
         return None
 
@@ -108,7 +108,7 @@ class Company:
             if interval is not None and self._is_healthy():
                 self._manager.alive()
             word = self._told.next(interval, serving.exit_fd)
-            if word:
+            if word not in {None, signals.SETTLED, signals.RETIRED}:
                 os.kill(serving.pid, word)
         for listener in self._upgrader.listeners:
             listener.remove()  # it may have ended before it knew that this was left to it

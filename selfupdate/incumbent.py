@@ -196,6 +196,8 @@ class Standby:
         self._health = health
         self._accept = accept
         self._on_settled = on_settled
+        self.settled: Phase | None = None
+        """What this process has become: RUNNING, STARTING where it is to hand back, or RETIRED."""
         self._lock = threading.Lock()
         self._temporary = Server("standby", self._respond, replace(settings.limits, threads=_THREADS))
 
@@ -308,4 +310,5 @@ class Standby:
         except IllegalTransitionError:
             return  # a stop came first
         _log.info("settled", extra={"phase": phase})
+        self.settled = phase
         self._on_settled()

@@ -164,6 +164,7 @@ class _Service:
             stop=(self._stop_out, self._stop_in),
             lock_fd=self._state.lock_fd,
             on_settled=self._signals.wake,
+            on_retired=lambda: self._signals.wake(signals.RETIRED),
             on_stop=lambda: self._signals.wake(signals.STOP),
         )
         self._app = App(
@@ -215,6 +216,7 @@ class _Service:
                 return self._give_up(error)
         else:
             self._accept(listeners.listen(self._places))
+            self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._upgrader.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
@@ -224,12 +226,12 @@ class _Service:
             assert word is not None
             if word == signals.HANG_UP:
                 self._hang_up()
-            elif word != signals.SETTLED:
-                return self._stop(word)
-            elif self._lifecycle.phase is Phase.RETIRED:
+            elif word == signals.RETIRED or (self._standby and self._standby.settled is Phase.RETIRED):
                 return self._retire()
-            else:
+            elif word == signals.SETTLED:
                 self._settle()
+            else:
+                return self._stop(word)
 
     def _hang_up(self) -> None:
         """Begin an upgrade, or leave that to the version that this process is about to become."""
@@ -253,17 +255,19 @@ class _Service:
         if self._standby is None:  # the original process did not come back
             self._manager.is_main = os.getppid() != self._incumbent.pid
             return
+        settled = self._standby.settled
         self._standby.end()
         self._standby = None
         self._incumbent.take_streams()
         self._begin_to_own()
-        if self._lifecycle.phase is Phase.STARTING:
+        if settled is Phase.STARTING:
             channel = self._incumbent.take_channel()
             assert channel is not None
             self._upgrader.hand_back(channel, self._incumbent.pid)
         else:
             self._incumbent.close_channel()
             self._manager.is_main = True
+        self._upgrader.open()
 
     def _retire(self) -> int:
         """Leave the service to the process that took over, or become it; return the exit status."""

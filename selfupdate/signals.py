@@ -19,6 +19,8 @@ from selfupdate import system
 
 SETTLED = 0
 """A thread's word: what this process is has been settled."""
+RETIRED = -2
+"""A thread's word: another process has taken over, and nothing is under way here."""
 CHILD: int = getattr(signal, "SIGCHLD", -1)
 """A child has ended; nobody is told."""
 HANG_UP: int = getattr(signal, "SIGHUP", -1)

@@ -80,10 +80,13 @@ class Upgrader:
         server: Server,
         lock_fd: int,
         stop: tuple[socket.socket, socket.socket],
+        on_retired: Callable[[], None],
         on_settled: Callable[[], None],
         on_stop: Callable[[], None],
     ) -> None:
-        """Call `on_settled` when a successor has taken over for good, or could not, `on_stop` when it was told to stop.
+        """Call `on_retired` when a successor has taken over for good, `on_stop` when it was told to stop.
+
+        `on_settled` is called when the original process did not come back, and this one serves on.
 
         Of the pair `stop`, the first becomes readable when this process is to stop: each wait ends with it.
         """
@@ -97,6 +100,7 @@ class Upgrader:
         self._store = store
         self._trust = trust
         self._server = server
+        self._on_retired = on_retired
         self._on_settled = on_settled
         self._on_stop = on_stop
         self._binds = settings.bind
@@ -105,11 +109,16 @@ class Upgrader:
         self.comeback: system.Comeback | None = None
         """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
         self._comes_back = False
+        self._is_open = threading.Event()
         self._claim_lock = threading.Lock()
         self.is_stopping = False
         self._idle = threading.Event()
         self._idle.set()
         self._stop_out, self._stop_in = stop
+
+    def open(self) -> None:
+        """Take requests: this process has become the service, and given back what it needed until then."""
+        self._is_open.set()
 
     def serve_on(self, listeners: Sequence[Listener]) -> None:
         """Remember what the service listens on, to hand it over."""
@@ -222,6 +231,8 @@ class Upgrader:
         """Wait for what follows a commit at once: the incumbent's word, and the return to the original process."""
         if self._lifecycle.phase is not Phase.CHOOSING and self._journal.current() is None:
             self._lifecycle.wait_for(_SETTLED, self._settings.limits.replace_time)
+        if self._lifecycle.phase is Phase.RUNNING:
+            self._is_open.wait(self._settings.limits.replace_time)
 
     def _drive(self, upgrade_id: str, candidate: Candidate) -> None:
         """Go through the upgrade, and decide what becomes of a failure."""
@@ -236,7 +247,7 @@ class Upgrader:
         """Let requests under way end; the successor serves."""
         self._idle.set()
         self._server.wait_until_empty()
-        self._on_settled()
+        self._on_retired()
 
     def _drive_back(self, channel: system.Channel, pid: int) -> None:
         """Hand over to the original process, or serve on as the process that this one is."""

@@ -455,3 +455,32 @@ def test_a_rebound_listener_is_handed_back_too(start: Callable[..., Service], pr
     (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
     assert service.upgrade("new")["outcome"] == "committed"
     settled(service, "1.1.0")
+
+
+def test_the_next_upgrade_waits_until_all_of_the_hand_back_is_done(
+    service: Service, programs: Programs, tmp_path: Path
+) -> None:
+    """The original serves, and is asked to upgrade, before its main thread has come to know that it is settled."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    hold = f"""
+from selfupdate import service
+settle = service._Service._settle
+def wait(self):
+    if self._incumbent.comes_back:
+        open({str(gate)!r}).read()
+    settle(self)
+service._Service._settle = wait
+"""
+    (service.upgrade_dir / "new").symlink_to(programs.faulty("1.1.0", "settles-late", hold))
+    service.upgrade()
+    service.line(message="settled", phase="RUNNING", pid=service.process.pid)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(service.ask("POST", "/rollback?wait=30s").json))
+    with gate.open("wb"):
+        asking.start()
+        asking.join(0.5)  # nothing tells that a request waits; one that does not is done by then
+        assert asking.is_alive()
+    asking.join(PATIENCE)
+    assert answers[0]["to"] == "1.0.0", answers
+    settled(service, "1.0.0")
