@@ -15,11 +15,16 @@ incumbent has gone. A process that may not write keeps what it learns in memory.
 When the file has doubled, and is above a size, it is written anew with the last
 line of each record, beside itself and then renamed: the history stays, and there
 is always one whole file.
+
+Each step of each timeline has a sequence number, which grows with every step of
+every process that was ever the service: by it, whoever lost sight of the service
+is told what was missed, and nothing twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -28,7 +33,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfupdate.errors import StateError, UpgradeError, VersionError
 from selfupdate.system import sync_directory
@@ -52,6 +57,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+class Entry(NamedTuple):
+    """One step of an upgrade."""
+
+    phase: str
+    at: str
+    """When the phase began."""
+    seq: int = 0
+    """Its sequence number; 0 where a version wrote it that gave none."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One upgrade or rollback. `outcome` is None while it is under way."""
@@ -70,8 +85,8 @@ class Record:
     outcome: str | None = None
     reason: str | None = None
     ended_at: str | None = None
-    timeline: tuple[tuple[str, str], ...] = ()
-    """Each phase with the time at which it began."""
+    timeline: tuple[Entry, ...] = ()
+    """Each phase that it went through."""
     is_fault_of_release: bool = False
     """Whether the release is to blame for the outcome, and is not chosen again unasked."""
     program: str | None = None
@@ -112,7 +127,7 @@ class Record:
             "reason": self.reason,
             "started_at": self.started_at,
             "ended_at": self.ended_at,
-            "timeline": [{"phase": phase, "at": at} for phase, at in self.timeline],
+            "timeline": [entry._asdict() for entry in self.timeline],
             "from_sha256": self.from_sha256,
             "is_fault_of_release": self.is_fault_of_release,
             "program": self.program,
@@ -129,7 +144,7 @@ class Record:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Record:
         """Return the record that `as_json` gave; raises KeyError, TypeError or VersionError on anything else."""
-        timeline = tuple((str(entry["phase"]), str(entry["at"])) for entry in value["timeline"])
+        timeline = tuple(map(_entry, value["timeline"]))
         keys = tuple(map(str, value.get("signer_keys", ())))
         fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
         fields |= {"from_version": value["from"], "to_version": value["to"], "timeline": timeline, "signer_keys": keys}
@@ -141,6 +156,13 @@ class Record:
             if version is not None:
                 parse_version(version)
         return record
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    seq = value.get("seq", 0)
+    if not isinstance(seq, int):
+        raise TypeError("seq")
+    return Entry(str(value["phase"]), str(value["at"]), seq)
 
 
 # The types of what a record holds; what is a tuple was made one above.
@@ -171,6 +193,7 @@ class Journal:
         self._changed = threading.Condition()
         self._records: dict[str, Record] = {}
         self._followers: list[Callable[[Record], None]] = []
+        self._last_seq = 0
 
     def open(self) -> None:
         """Read what was written until now, and begin to write. Raises StateError where that can't be."""
@@ -194,7 +217,9 @@ class Journal:
         at = now()
         stem = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         upgrade_id = f"{stem}-{secrets.token_hex(3)}"
-        return self.put(Record(upgrade_id, from_version, phase, at, timeline=((phase, at),), **fields))
+        with self._changed:
+            entry = Entry(phase, at, self._next_seq())
+        return self.put(Record(upgrade_id, from_version, phase, at, timeline=(entry,), **fields))
 
     def change(self, upgrade_id: str, phase: str | None = None, **fields: Any) -> Record:
         """Replace `fields` of an upgrade, and note the phase that it enters, if it enters one.
@@ -220,10 +245,17 @@ class Journal:
                 _log.error("the journal cannot be written", extra={"path": str(self._path), "reason": error.strerror})
             return self.put(record)
 
+    def note(self, **fields: Any) -> None:
+        """Change the upgrade that is under way in memory alone: what is not worth a write to the disk."""
+        with self._writing:
+            if record := self.current():
+                self.put(replace(record, **fields))
+
     def put(self, record: Record) -> Record:
         """Take in a record as it is, in memory alone."""
         with self._changed:
             _keep(self._records, record)
+            self._last_seq = max(self._last_seq, _last_seq(record))
             for follower in self._followers:
                 follower(record)
             self._changed.notify_all()
@@ -244,6 +276,23 @@ class Journal:
         """Return all upgrades, newest first."""
         with self._changed:
             return list(reversed(self._records.values()))
+
+    def newest(self) -> Record | None:
+        """Return the upgrade that began last, or None."""
+        with self._changed:
+            return next(reversed(self._records.values()), None)
+
+    @property
+    def last_seq(self) -> int:
+        """The sequence number of the last step that is known; 0 before the first."""
+        return self._last_seq
+
+    def after(self, seq: int) -> list[tuple[Record, Entry]]:
+        """Return each step behind the one with the number `seq`, in order, with its record as it is now."""
+        with self._changed:
+            # One upgrade at a time: a record has no step behind the first of the next one.
+            late = itertools.takewhile(lambda record: _last_seq(record) > seq, reversed(self._records.values()))
+            return [(record, entry) for record in reversed([*late]) for entry in record.timeline if entry.seq > seq]
 
     def current(self) -> Record | None:
         """Return the upgrade that is under way, or None."""
@@ -297,9 +346,19 @@ class Journal:
     def _changed_record(self, upgrade_id: str, phase: str | None, fields: dict[str, Any]) -> Record:
         with self._changed:
             record = replace(self._records[upgrade_id], **fields)
-        if phase is not None:
-            record = replace(record, phase=phase, timeline=(*record.timeline, (phase, now())))
-        return record
+            if phase is not None:
+                entry = Entry(phase, now(), self._next_seq())
+                record = replace(record, phase=phase, timeline=(*record.timeline, entry))
+            return record
+
+    def _next_seq(self) -> int:
+        """Return one more than the last sequence number, or the time of day in milliseconds, which mostly is greater.
+
+        The first step of an upgrade is told and not yet written: a crash forgets it, and by the clock its number is
+        not given again.
+        """
+        self._last_seq = max(self._last_seq + 1, time.time_ns() // 1_000_000)
+        return self._last_seq
 
     def _append(self, record: Record) -> None:
         """Write a line, whole, and wait until the disk has it. Raises OSError, with the file as it was."""
@@ -365,6 +424,7 @@ class Journal:
             _keep(found, record)
         with self._changed:  # nobody sees a part of it
             self._records = {**found, **{key: record for key, record in self._records.items() if key not in found}}
+            self._last_seq = max([self._last_seq, *map(_last_seq, self._records.values())])
             self._changed.notify_all()
 
 
@@ -375,6 +435,10 @@ def _keep(records: dict[str, Record], record: Record) -> None:
         # What failed must not be forgotten for what is merely more recent.
         passing = (key for key, old in records.items() if not old.is_fault_of_release)
         del records[next(passing, next(iter(records)))]
+
+
+def _last_seq(record: Record) -> int:
+    return record.timeline[-1].seq if record.timeline else 0
 
 
 def _line(record: Record) -> bytes:

@@ -31,7 +31,7 @@ from selfupdate.connection import Connection
 from selfupdate.errors import CandidateError, SelfUpdateError, StartError, StateError, TrustError, UsageError
 from selfupdate.errors import VersionError as NoVersionError
 from selfupdate.foreign import shown
-from selfupdate.journal import Journal, Record
+from selfupdate.journal import Entry, Journal, Record
 from selfupdate.messages import Request, Response, json_response
 from selfupdate.settings import FLAGS, Limits, check, parse
 from selfupdate.sshformat import Key, parse_allowed_signers, parse_public_keys, parse_signatures
@@ -552,7 +552,7 @@ whole_records = st.builds(
     started_at=st.text(max_size=3),
     to_version=st.sampled_from((None, "1.0.0", "2.0.0-rc.1")),
     outcome=st.sampled_from((None, "committed", "aborted")),
-    timeline=st.just((("CHOOSING", "now"),)),
+    timeline=st.just((Entry("CHOOSING", "now"),)),
     signer_keys=st.just(("SHA256:x",)),
 )
 
@@ -561,7 +561,7 @@ def line_of_record(record: Record, **changes: Any) -> bytes:
     return json.dumps({**record.as_json(), **changes}).encode()
 
 
-FOREIGN = Record("foreign", "1.0.0", "RUNNING", "now", timeline=(("CHOOSING", "now"),))
+FOREIGN = Record("foreign", "1.0.0", "RUNNING", "now", timeline=(Entry("CHOOSING", "now"),))
 broken_lines = (
     st.builds(
         lambda name, value: line_of_record(FOREIGN, **{name: value}),

@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from service import PATIENCE
 
 from selfupdate.errors import UpgradeError
-from selfupdate.journal import KEPT, ROTATED_AT, Journal, Record
+from selfupdate.journal import KEPT, ROTATED_AT, Entry, Journal, Record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,14 +29,15 @@ def test_a_record_grows_with_its_upgrade(tmp_path: Path) -> None:
     ended = journal.change(record.id, "RUNNING", outcome="aborted", ended_at="then")
     assert journal.current() is None
     assert journal.get(record.id) == ended
-    assert [phase for phase, _ in ended.timeline] == ["CHOOSING", "STAGING", "RUNNING"]
-    assert ended.as_json()["timeline"][0].keys() == {"phase", "at"}
+    assert [phase for phase, _, _ in ended.timeline] == ["CHOOSING", "STAGING", "RUNNING"]
+    assert ended.as_json()["timeline"][0].keys() == {"phase", "at", "seq"}
     assert (ended.as_json()["from"], ended.as_json()["to"], ended.reason) == ("1.0.0", "1.1.0", "because")
 
 
 def test_a_record_survives_the_way_to_another_process() -> None:
     """What JSON gives back is the same record."""
-    record = Record("1", "1.0.0", "PROBING", "now", to_version="2.0.0", timeline=(("CHOOSING", "a"), ("PROBING", "b")))
+    timeline = (Entry("CHOOSING", "a", 1), Entry("PROBING", "b", 2))
+    record = Record("1", "1.0.0", "PROBING", "now", to_version="2.0.0", timeline=timeline)
     assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
 
 
@@ -156,3 +158,65 @@ def test_a_follower_sees_every_change_and_all_that_was_before(tmp_path: Path) ->
     journal.unfollow(follower)
     journal.change(first.id, "STARTING")
     assert seen == [second]
+
+
+def test_each_step_has_a_greater_number_than_all_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says, and over a restart."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open()
+    first = journal.begin("1.0.0", "CHOOSING")
+    first = journal.change(first.id, "STAGING")
+    monkeypatch.setattr("time.time_ns", lambda: 0)  # somebody has set it back
+    first = journal.change(first.id, "RUNNING", outcome="aborted")
+    numbers = [entry.seq for entry in first.timeline]
+    assert numbers == sorted(set(numbers))
+    again = Journal(path)
+    again.open()
+    assert again.last_seq == numbers[-1]
+    assert again.begin("1.0.0", "CHOOSING").timeline[0].seq == numbers[-1] + 1
+
+
+def test_the_number_of_a_step_that_a_crash_forgot_is_not_given_again(tmp_path: Path) -> None:
+    """The first step of an upgrade is told, and not yet written."""
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    lost = journal.begin("1.0.0", "CHOOSING").timeline[0].seq
+    again = Journal(tmp_path / "journal")
+    again.open()
+    while time.time_ns() // 1_000_000 <= lost:  # a restart takes longer than that
+        pass
+    assert again.begin("1.0.0", "CHOOSING").timeline[0].seq > lost
+
+
+def test_what_came_after_a_step_is_told_in_order_with_each_record(tmp_path: Path) -> None:
+    """From any number on: each step behind it, and none before."""
+    journal = Journal(tmp_path / "journal")
+    told = []
+    for _ in range(3):
+        record = journal.begin("1.0.0", "CHOOSING")
+        journal.change(record.id, "STAGING")
+        record = journal.change(record.id, "RUNNING", outcome="aborted")
+        told += [(record, entry) for entry in record.timeline]
+    assert journal.after(0) == told
+    for number, (_, entry) in enumerate(told, 1):
+        assert journal.after(entry.seq) == told[number:]
+
+
+def test_a_note_is_kept_in_memory_alone_and_only_while_an_upgrade_is_under_way(tmp_path: Path) -> None:
+    """It is told to those who follow, and costs no write to the disk."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open()
+    journal.note(log="nobody's")
+    record = journal.begin("1.0.0", "CHOOSING")
+    journal.change(record.id, "STAGING")
+    told: list[Record] = []
+    journal.follow(told.append)
+    size = path.stat().st_size
+    journal.note(log="begun")
+    assert [record.log for record in told] == ["begun"]
+    assert path.stat().st_size == size
+    ended = journal.change(record.id, "RUNNING", outcome="aborted")
+    journal.note(log="too late")
+    assert journal.get(record.id) == ended
