@@ -6,6 +6,7 @@ In front of the parser, whatever makes the end of a request uncertain is refused
 
 from __future__ import annotations
 
+import contextlib
 import http
 import http.client
 import http.server
@@ -16,9 +17,10 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING, Protocol
 
-from selfupdate.messages import SAFETY_HEADERS, Request, Response, problem
+from selfupdate.messages import SAFETY_HEADERS, SIGN_OF_LIFE, Request, Response, problem
 
 if TYPE_CHECKING:
+    from selfupdate.messages import Stream
     from selfupdate.settings import Limits
 
 _MAX_LINE = 65536
@@ -85,6 +87,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._server = server
         self._received = bytearray()
         self._has_ended = False
+        self.stream: Stream | None = None
+        """What goes on being said, once its answer has begun."""
+        self._unsent = b""
+        self._has_taken = True
 
     def fileno(self) -> int:
         """Return the descriptor, readable when something has arrived."""
@@ -116,6 +122,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return bool(self.connection.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
+
+    def has_left(self) -> bool:
+        """Throw away what arrives where nothing is expected; tell whether the client has gone."""
+        try:
+            return not self.connection.recv(_CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     @property
     def has_begun(self) -> bool:
@@ -268,9 +283,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             "Server: self-update",
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",
-            f"Content-Length: {len(response.body)}",
             *SAFETY_HEADERS,
         ]
+        if response.stream is None:
+            lines.append(f"Content-Length: {len(response.body)}")
+        else:
+            self.close_connection = True  # which is the end of it (RFC 9112, section 6.3)
+            self.stream = response.stream
         lines += [f"{name}: {value}" for name, value in response.headers.items()]
         if self.close_connection:
             lines.append("Connection: close")
@@ -278,11 +297,59 @@ class Connection(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         self._send(head if self.command == "HEAD" else head + response.body)
+        if self.command == "HEAD":
+            self._close_stream()
 
     def _send(self, text: bytes) -> None:
         self.connection.settimeout(self._server.limits.send_time)
         self.connection.sendall(text)
 
+    # A stream, which is the loop's part again.
+
+    def advance(self) -> bool:
+        """Send what the stream has to say, as far as the client takes it now; tell whether that is all.
+
+        Raises OSError where the client has gone. What it has not taken has a bound: no more is asked for until then.
+        """
+        assert self.stream is not None
+        if not self._unsent:
+            self._unsent = self.stream.more()
+        if not self._unsent:
+            return True
+        self._send_some()
+        return False
+
+    def beat(self) -> bool:
+        """Give a sign of life; tell whether the client has taken anything since the last one. Raises OSError."""
+        is_well = self._has_taken or not self._unsent
+        self._has_taken = False
+        if not self._unsent:
+            self._unsent = SIGN_OF_LIFE
+            self._send_some()
+        return is_well
+
+    def end_stream(self) -> None:
+        """Say the last words of the stream, if the client takes them at once: it is told the rest when it comes back.
+
+        Raises OSError.
+        """
+        assert self.stream is not None
+        self._unsent += self.stream.farewell()
+        self._send_some()
+        self._close_stream()
+
+    def _send_some(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            taken = self.connection.send(self._unsent)
+            self._unsent = self._unsent[taken:]
+            self._has_taken = True
+
+    def _close_stream(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
     def close(self) -> None:
         """End the connection."""
+        self._close_stream()
         self.connection.close()

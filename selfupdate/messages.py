@@ -5,7 +5,7 @@ from __future__ import annotations
 import http
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +41,23 @@ class Request:
     body: bytes
 
 
+class Stream(Protocol):
+    """A body that has no end of its own: it goes on until one of both sides leaves."""
+
+    def more(self) -> bytes:
+        """Return what there is to say now, which may be nothing, and later more."""
+
+    def farewell(self) -> bytes:
+        """Return what is said when this process serves no more."""
+
+    def close(self) -> None:
+        """Say nothing more: the client has left, or is left."""
+
+
+SIGN_OF_LIFE = b":\n\n"
+"""What a stream says when there has been nothing to say for a while: a comment (HTML, section 9.2.6)."""
+
+
 @dataclass(frozen=True)
 class Response:
     """One answer."""
@@ -49,6 +66,8 @@ class Response:
     body: bytes = b""
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    stream: Stream | None = None
+    """In place of a body."""
 
 
 def json_response(value: object, status: int = 200, **headers: str) -> Response:

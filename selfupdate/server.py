@@ -5,7 +5,8 @@ listeners, and the next request on each open connection. A connection on which a
 request is complete goes to one of a fixed number of workers, which parses it,
 calls the application, writes the answer, and gives the connection back. So
 neither an idle connection nor a slow client costs a thread. The loop alone owns
-the set of connections; others ask it to act by `_call`, and wait for it.
+the set of connections; others ask it to act by `_call`, and wait for it. It also
+sends what streams have to say, and waits for none that listens.
 
 Pausing means: no connection is accepted, and each open one is closed behind its
 next answer, which says so (`Connection: close`). What `http.server` does by
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 _ACCEPTS_AT_ONCE = 64
 """Connections accepted before the loop looks at the others again."""
+_STREAMING = selectors.EVENT_READ | selectors.EVENT_WRITE
 _NO_ROOM_TIME = 0.1
 """Seconds until accepting is tried again where there was no room: the kernel does not tell when there is."""
 
@@ -70,6 +72,8 @@ class Server:
         self._beginning: dict[Connection, float] = {}
         self._busy: set[Connection] = set()
         self._lingering: dict[Connection, float] = {}
+        self._streams: set[Connection] = set()
+        self._next_sign_of_life: float | None = None
         self._drain_deadline: float | None = None
         self._drained = False
         self._no_room_until: float | None = None
@@ -122,6 +126,10 @@ class Server:
     def resume(self) -> None:
         """Accept again on the listeners that were kept."""
         self._call(self._resume)
+
+    def advance_streams(self) -> None:
+        """Have each stream say what is new; returns at once."""
+        self._post(self._advance_streams)
 
     def beat(self, interval: float, act: Callable[[], None]) -> None:
         """Have the loop `act` every `interval` seconds, so that whoever misses that knows that it hangs."""
@@ -183,12 +191,12 @@ class Server:
 
     def _loop(self) -> None:
         while not self._stopped:
-            for key, _ in self._selector.select(self._timeout()):
+            for key, events in self._selector.select(self._timeout()):
                 if key.fileobj is self._wake_out:
                     self._wake_out.recv(4096)
                     self._run_calls()
                 elif isinstance(key.fileobj, Connection):
-                    self._read_ready(key.fileobj)
+                    self._attend_to(key.fileobj, events)
                 elif self._accepting and isinstance(key.fileobj, socket.socket):
                     self._accept_waiting(key.fileobj, _ACCEPTS_AT_ONCE)
             self._expire(time.monotonic())
@@ -196,12 +204,14 @@ class Server:
                 self._empty.set()
 
     def _open_connections(self) -> int:
-        return len(self._idle) + len(self._beginning) + len(self._busy) + len(self._lingering)
+        waiting = len(self._idle) + len(self._beginning) + len(self._lingering)
+        return waiting + len(self._busy) + len(self._streams)
 
     def _timeout(self) -> float | None:
         all_waiting = (self._idle, self._beginning, self._lingering)
         deadlines = [next(iter(waiting.values())) for waiting in all_waiting if waiting]
-        deadlines += [at for at in (self._drain_deadline, self._no_room_until, self._next_beat) if at is not None]
+        others = (self._drain_deadline, self._no_room_until, self._next_beat, self._next_sign_of_life)
+        deadlines += [at for at in others if at is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _call(self, act: Callable[[], None]) -> None:
@@ -229,6 +239,7 @@ class Server:
         self._accept_no_more()
         self.ends_connections = True
         self._drain_deadline = time.monotonic() + drain
+        self._end_streams()
 
     def _resume(self) -> None:
         if not self._listeners or self._closing:
@@ -314,9 +325,15 @@ class Server:
         else:
             self._idle[connection] = time.monotonic() + self.limits.idle_time
 
-    def _read_ready(self, connection: Connection) -> None:
+    def _attend_to(self, connection: Connection, events: int) -> None:
+        """Do what can be done now for a connection on which something has arrived, or may be sent."""
         deadline = self._lingering.get(connection)
-        if deadline is not None:
+        if connection in self._streams:
+            if events & selectors.EVENT_READ and connection.has_left():
+                self._drop_stream(connection)
+            elif events & selectors.EVENT_WRITE:
+                self._advance(connection)
+        elif deadline is not None:
             self._finish(connection, deadline)
         elif connection in self._beginning:  # its time goes on
             if connection.collect():
@@ -351,10 +368,15 @@ class Server:
         self._busy.discard(connection)
         if self._stopped:
             connection.close()
-            return
-        if lives and not self._drained:
+        elif lives and not self._drained:
             self._wait_for_request(connection)
-            return
+        elif connection.stream is not None:
+            self._begin_stream(connection)
+        else:
+            self._linger(connection)
+
+    def _linger(self, connection: Connection) -> None:
+        """Wait until the client has closed, too."""
         # A close(2) with unread input resets the connection, and the client may lose the answer.
         with contextlib.suppress(OSError):
             connection.connection.shutdown(socket.SHUT_WR)
@@ -379,6 +401,8 @@ class Server:
             if not self._closing:
                 self._cut_beginning()
                 self._cut_busy()
+        if self._next_sign_of_life is not None and self._next_sign_of_life <= now:
+            self._give_signs_of_life(now)
         if self._no_room_until is not None and self._no_room_until <= now:
             self._resume()
         if self._beat and self._next_beat is not None and self._next_beat <= now:
@@ -415,6 +439,63 @@ class Server:
         self._close_listeners()
         self.ends_connections = self._closing = True
         self._drain_deadline = time.monotonic() + self.limits.last_call_time
+        self._end_streams()
+
+    # The loop's, of streams.
+
+    def _begin_stream(self, connection: Connection) -> None:
+        connection.connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._streams.add(connection)
+        if self._next_sign_of_life is None:
+            self._next_sign_of_life = time.monotonic() + self.limits.sign_of_life_interval
+        self._advance(connection)
+        if self.ends_connections:
+            self._end_stream(connection)
+
+    def _advance_streams(self) -> None:
+        for connection in tuple(self._streams):
+            self._advance(connection)
+
+    def _advance(self, connection: Connection) -> None:
+        try:
+            is_all = connection.advance()
+        except OSError:
+            self._drop_stream(connection)
+        else:
+            self._selector.modify(connection, selectors.EVENT_READ if is_all else _STREAMING)
+
+    def _give_signs_of_life(self, now: float) -> None:
+        """Show each client that it is still served, and leave those that take nothing."""
+        for connection in tuple(self._streams):
+            try:
+                is_well = connection.beat()
+            except OSError:
+                is_well = False
+            if not is_well:
+                self._drop_stream(connection)
+        self._next_sign_of_life = now + self.limits.sign_of_life_interval if self._streams else None
+
+    def _end_streams(self) -> None:
+        for connection in tuple(self._streams):
+            self._end_stream(connection)
+
+    def _end_stream(self, connection: Connection) -> None:
+        if connection not in self._streams:  # the client has just left
+            return
+        try:
+            connection.end_stream()
+        except OSError:
+            self._drop_stream(connection)
+            return
+        self._streams.discard(connection)
+        self._selector.unregister(connection)
+        self._linger(connection)
+
+    def _drop_stream(self, connection: Connection) -> None:
+        self._streams.discard(connection)
+        self._selector.unregister(connection)
+        connection.close()
 
     # The workers' own.
 

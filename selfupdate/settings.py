@@ -183,6 +183,10 @@ class Limits:
     """For a client to close after the last answer on its connection."""
     last_call_time: float = 0.5
     """For a client to send one more request when the service stops."""
+    sign_of_life_interval: float = 15.0
+    """Between two signs of life on a stream; a client that takes nothing in that time is left."""
+    listeners: int = 128
+    """How many clients may listen to events at a time."""
     body_size: int = 4 * 1024
     threads: int = 64
     connections: int = MOST_CONNECTIONS
