@@ -8,6 +8,7 @@ import pkgutil
 import re
 from typing import TYPE_CHECKING, Any
 
+from selfupdate import events
 from selfupdate.access import goes_by, is_from_here
 from selfupdate.errors import (
     ChoiceError,
@@ -85,8 +86,9 @@ class App:
         upgrader: Upgrader,
         trust: Trust,
         gate: Gate,
+        wake: Callable[[], None],
     ) -> None:
-        """Answer for this process."""
+        """Answer for this process; `wake` whoever sends streams when they have news."""
         self._program = program
         self._version = program.version
         self._generation = generation
@@ -99,10 +101,12 @@ class App:
         self._gate = gate
         self._names = {*(bind.host.lower() for bind in settings.bind), *(settings.allowed_hosts or ())}
         self._started_at = now()
+        self._feed = events.Feed(journal, lifecycle, self._standing, wake, settings.limits.listeners)
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
             "/version": ("GET", lambda _: json_response({"version": self._version})),
             "/healthz": ("GET", lambda _: self.health()),
-            "/status": ("GET", self._status),
+            "/status": ("GET", lambda _: json_response(self._standing())),
+            "/events": ("GET", self._events),
             "/candidates": ("GET", self._candidates),
             "/upgrade": ("POST", self._upgrade),
             "/rollback": ("POST", self._rollback),
@@ -148,21 +152,29 @@ class App:
         state = {"status": "ok" if fit else "stopping", "version": self._version, "pid": os.getpid()}
         return json_response({**state, "generation": self._generation}, 200 if fit else 503)
 
-    def _status(self, _: Request) -> Response:
+    def _standing(self) -> dict[str, Any]:
+        """Return how the service stands: the answer to `GET /status`."""
         current = self._journal.current()
-        return json_response(
-            {
-                "version": self._version,
-                "pid": os.getpid(),
-                "generation": self._generation,
-                "phase": self._lifecycle.phase,
-                "bind": join(self._upgrader.binds),
-                "started_at": self._started_at,
-                "installed": self._program.after_restart(self._journal.last_commit()),
-                "upgrade": current.as_json() if current else None,
-                "trust": self._trust.as_json(self._journal.signed(self._program.sha256)),
-            }
-        )
+        return {
+            "version": self._version,
+            "pid": os.getpid(),
+            "generation": self._generation,
+            "phase": self._lifecycle.phase,
+            "bind": join(self._upgrader.binds),
+            "started_at": self._started_at,
+            "installed": self._program.after_restart(self._journal.last_commit()),
+            "upgrade": current.as_json() if current else None,
+            "trust": self._trust.as_json(self._journal.signed(self._program.sha256)),
+        }
+
+    def _events(self, request: Request) -> Response:
+        last = request.headers.get("last-event-id", "")
+        if not re.fullmatch("[0-9]{0,18}", last):
+            raise _BadRequestError("Last-Event-ID takes the id of an event that was told here.")
+        listener = self._feed.open(int(last) if last else None)
+        if listener is None:
+            return problem(503, "Too many clients listen; ask GET /status, or come back later.", Retry_After="5")
+        return Response(200, content_type=events.CONTENT_TYPE, stream=listener)
 
     def _candidates(self, _: Request) -> Response:
         return json_response(self._listing())

@@ -11,10 +11,12 @@ streams, for later. The successor announces itself by datagrams (sd_notify(3)).
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
 import sys
+import termios
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,13 +25,15 @@ from selfupdate import notify, posix, transcript
 from selfupdate.listener import FIRST_FD, HANDOVER_FD, names_of, owners_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from selfupdate.listener import Address, Listener
 
 assert sys.platform != "win32"  # for those who read types: none of this is there
 
 _ANSWER_SIZE = 65536
+_ROOM_FOR_HINTS = 65536
+"""Bytes that may wait in the channel, which has room for thrice as many (unix(7), net.core.wmem_default)."""
 _LAST_WORDS_TIME = 0.2
 """Seconds for what is still in the pipes of a child's streams."""
 
@@ -69,6 +73,12 @@ class _Link:
         """Send a message on the channel."""
         self._send(json.dumps(message).encode())
 
+    def hint(self, message: Mapping[str, Any]) -> None:
+        """Send a message that may be lost, where it takes no room from those that may not."""
+        waiting = fcntl.ioctl(self._channel, termios.TIOCOUTQ, bytes(4))  # unix(7), SIOCOUTQ
+        if int.from_bytes(waiting, sys.byteorder) < _ROOM_FOR_HINTS:
+            self.tell(message)
+
     def _send(self, message: bytes) -> None:
         if self._is_deaf:
             self._channel.setblocking(False)
@@ -97,14 +107,17 @@ class _Link:
 class Child(_Link):
     """A successor that this process starts, until it is left to itself or ended."""
 
-    def __init__(self, patience: float) -> None:
-        """Prepare for one that may take `patience` seconds to read a message. Raises OSError."""
+    def __init__(self, patience: float, on_log: Callable[[], None]) -> None:
+        """Prepare for one that may take `patience` seconds to read a message. Raises OSError.
+
+        Whenever it has written more, `on_log` is called.
+        """
         # Of messages, not of bytes: a message that does not fit is dropped whole, and never cut.
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(ours, patience)
         self._process: posix.Process | None = None
         self._guard: posix.Guard | None = None
-        self._transcript = transcript.Transcript()
+        self._transcript = transcript.Transcript(on_log)
 
     def start(
         self,

@@ -57,6 +57,7 @@ class Manager:
                 environ[_PREFIX + name] = environ.pop(name)
         self.is_main = is_main
         self._version = version
+        self._status = ""
         self._environ = {name: environ.get(_PREFIX + name, "") for name in _VARIABLES}
 
     @property
@@ -91,7 +92,9 @@ class Manager:
             status = f"{record.from_version} serves; {record.to_version or 'an upgrade'} failed: {record.reason}"
         else:
             status = _IN_WORDS[Phase(record.phase)].format(old=record.from_version, new=record.to_version or "it")
-        self._tell(STATUS=status.replace("\n", " "))
+        if status != self._status:  # a record has more to tell than that
+            self._status = status
+            self._tell(STATUS=status.replace("\n", " "))
 
     def hand_over(self, pid: int) -> None:
         """Say that the process `pid` is the one to know from here on."""

@@ -177,6 +177,7 @@ class _Service:
             upgrader=self._upgrader,
             trust=self._trust,
             gate=Gate(self._token),
+            wake=self._server.advance_streams,
         )
 
     def _follow(self) -> None:

@@ -18,7 +18,7 @@ from selfupdate.errors import SuccessorError, UpgradeError
 from selfupdate.successor import Successor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from selfupdate.listener import Address, Listener
     from selfupdate.settings import Settings
@@ -43,6 +43,8 @@ class Started(Successor):
         self.command = release.command("-upgrade", "true", "-upgrade-bind", str(upgrade_bind), *each)
         """What starts it, and executes it in place of this process."""
         self._child: system.Child | None = None
+        self.on_log: Callable[[], None] = lambda: None
+        """Called whenever it has written more."""
 
     def start(
         self,
@@ -60,7 +62,7 @@ class Started(Successor):
         self._stop_fd = stop_fd
         self._may_share = bool(listeners)
         try:
-            self._peer = self._child = system.Child(self._limits.announce_time)
+            self._peer = self._child = system.Child(self._limits.announce_time, self.on_log)
         except OSError as error:
             raise UpgradeError(f"this machine cannot start a successor: {error}") from error
         environ = {**environ, **self._settings.environment()}

@@ -91,6 +91,7 @@ class Successor:
         self._is_ready = False
         self._may_share = True
         self._announces_until: float | None = None
+        self._shown: tuple[str, str | None] | None = None
 
     @property
     def log(self) -> str | None:
@@ -205,9 +206,12 @@ class Successor:
             self.wait(min(end, time.monotonic() + self._limits.health_interval), doing)
 
     def show(self, record: Record) -> None:
-        """Tell it how the upgrade goes."""
+        """Tell it how the upgrade goes; what is new within a step may be lost."""
         assert self._peer is not None
-        self._peer.tell({"record": record.as_json()})
+        step = (record.phase, record.outcome)
+        send = self._peer.hint if step == self._shown else self._peer.tell
+        self._shown = step
+        send({"record": record.as_json()})
 
     def bless(self) -> None:
         """Tell it that it is there to stay, and let go of it."""

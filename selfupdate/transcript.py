@@ -13,13 +13,14 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from selfupdate import posix
 from selfupdate.foreign import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 assert sys.platform != "win32"  # for those who read types: none of this is there
 
@@ -30,13 +31,16 @@ STREAMS = (1, 2)
 """This process's standard output and error."""
 
 _CHUNK = 65536
+_NEWS_INTERVAL = 0.1
+"""Seconds between two times that it is told that there is more."""
 
 
 class Transcript:
     """Pipes for the streams of one child, and what came out of them."""
 
-    def __init__(self) -> None:
-        """Make the pipes; raises OSError."""
+    def __init__(self, on_more: Callable[[], None]) -> None:
+        """Make the pipes; raises OSError. Whenever more has been written, call `on_more`, but not too often."""
+        self._on_more = on_more
         # Where both streams are one, one pipe keeps the lines of both in order.
         self._targets = (2,) if os.path.sameopenfile(*STREAMS) else STREAMS
         pipes = [os.pipe() for _ in self._targets]
@@ -90,16 +94,22 @@ class Transcript:
         targets = {reader: target for target, reader in self.readers.items()}
         # The line that each pipe has begun: a line is passed on whole, so that lines of two processes do not mix.
         begun = dict.fromkeys(targets, b"")
-        while begun and self._stop_out not in (readable := posix.ready({*begun, self._stop_out}, None)):
+        tell_at: float | None = None
+        told_at = 0.0
+        while begun and self._stop_out not in (readable := posix.ready({*begun, self._stop_out}, tell_at)):
             for reader in readable:
                 chunk = os.read(reader, _CHUNK)
                 self._keep(chunk)
+                tell_at = tell_at or told_at + _NEWS_INTERVAL
                 lines = begun[reader] + chunk
                 end = lines.rfind(b"\n") + 1 if chunk and len(lines) < _CHUNK else len(lines)
                 _write(targets[reader], lines[:end])
                 begun[reader] = lines[end:]
                 if not chunk:
                     del begun[reader]
+            if tell_at is not None and tell_at <= time.monotonic():
+                tell_at, told_at = None, time.monotonic()
+                self._on_more()
         for reader, line in begun.items():
             _write(targets[reader], line)
 

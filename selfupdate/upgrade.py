@@ -367,6 +367,7 @@ class Upgrader:
         assert candidate.release is not None
         successor = Started(candidate.release, str(candidate.version), self._settings, self._binds, upgrade_bind)
         self._successor = successor
+        successor.on_log = lambda: self._journal.note(log=successor.log)
         hello = self._hello(self._generation + 1, candidate.release.sha256, shared)
         successor.start(shared, self._lock_fd, hello, os.environ, self._stop_out.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})

@@ -274,7 +274,7 @@ class Child:
     log: str | None = None
     """What it wrote is not kept."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, _on_log: Callable[[], None]) -> None:
         """Prepare for one that may take `patience` seconds to read its last message. Raises OSError."""
         self.pid = 0
         """The id of the process that serves, as soon as it has told it; of the one that was started, until then."""
@@ -355,6 +355,10 @@ class Child:
             sockets = [base64.b64encode(one.sock.share(self.pid)).decode() for one in self._listeners]
             hello, self._hello = self._hello, None
             self.tell({**hello, "shared": sockets})
+
+    def hint(self, message: Mapping[str, Any]) -> None:
+        """Send a message that may be lost; none is."""
+        self.tell(message)
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send a message on the channel, if it is one that listens there."""

@@ -34,7 +34,7 @@ def _write(transcript: Transcript, *chunks: tuple[int, bytes]) -> None:
 
 def test_both_streams_are_passed_on_and_kept(capfd: pytest.CaptureFixture[str]) -> None:
     """Each to the stream that it was meant for, byte for byte; what is kept can be shown anywhere."""
-    transcript = Transcript()
+    transcript = Transcript(lambda: None)
     _write(transcript, (1, b"out\n"), (2, b"err \x1b[31m\xff\n"), (2, b"no end of line"))
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("out\n", "err \x1b[31m\ufffd\nno end of line")
@@ -43,7 +43,7 @@ def test_both_streams_are_passed_on_and_kept(capfd: pytest.CaptureFixture[str]) 
 
 def test_the_end_is_kept_in_whole_lines(capfd: pytest.CaptureFixture[str]) -> None:
     """Of much, no more than is promised, and no half line at its beginning."""
-    transcript = Transcript()
+    transcript = Transcript(lambda: None)
     text = b"".join(b"line %d\n" % number for number in range(10000))
     _write(transcript, (2, text))
     assert capfd.readouterr().err.encode() == text
@@ -58,7 +58,7 @@ def test_lines_are_passed_on_whole() -> None:
     own = os.dup(2)
     os.dup2(write, 2)
     try:
-        transcript = Transcript()
+        transcript = Transcript(lambda: None)
         stream = transcript.writers[2]
         os.write(stream, b"one ")
         os.write(stream, b"line\nnext ")
