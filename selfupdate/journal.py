@@ -194,6 +194,8 @@ class Journal:
         self._records: dict[str, Record] = {}
         self._followers: list[Callable[[Record], None]] = []
         self._last_seq = 0
+        self._ended: list[Record] = []
+        self._on_end: Callable[[Record], None] = self._ended.append
 
     def open(self) -> None:
         """Read what was written until now, and begin to write. Raises StateError where that can't be."""
@@ -233,7 +235,7 @@ class Journal:
                 self._append(record)
             except OSError as error:
                 raise UpgradeError(f"the journal {self._path} cannot be written: {error.strerror}") from error
-            return self.put(record)
+            return self._decide(record)
 
     def conclude(self, upgrade_id: str, phase: str | None = None, **fields: Any) -> Record:
         """Do as `change` does on the way back, which has to be gone whether it can be written down or not."""
@@ -243,7 +245,7 @@ class Journal:
                 self._append(record)
             except OSError as error:
                 _log.error("the journal cannot be written", extra={"path": str(self._path), "reason": error.strerror})
-            return self.put(record)
+            return self._decide(record)
 
     def note(self, **fields: Any) -> None:
         """Change the upgrade that is under way in memory alone: what is not worth a write to the disk."""
@@ -342,6 +344,23 @@ class Journal:
         with self._changed:
             if follower in self._followers:
                 self._followers.remove(follower)
+
+    def follow_ends(self, follower: Callable[[Record], None]) -> None:
+        """Call `follower` with each upgrade that this process ends, and with those that it has ended already.
+
+        No other process says so of the same upgrade, but each hears of it (`follow`).
+        """
+        with self._changed:
+            for record in self._ended:
+                follower(record)
+            self._on_end = follower
+
+    def _decide(self, record: Record) -> Record:
+        """Take in what this process says of an upgrade."""
+        with self._changed:
+            if record.outcome is not None and self._records[record.id].outcome is None:
+                self._on_end(record)
+            return self.put(record)
 
     def _changed_record(self, upgrade_id: str, phase: str | None, fields: dict[str, Any]) -> Record:
         with self._changed:

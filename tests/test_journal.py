@@ -41,6 +41,26 @@ def test_a_record_survives_the_way_to_another_process() -> None:
     assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
 
 
+def test_who_ends_an_upgrade_hears_of_it_once(tmp_path: Path) -> None:
+    """And not who is told of it, nor when more becomes known; what was ended before it was asked comes first."""
+    journal, other = Journal(tmp_path / "journal"), Journal(tmp_path / "other")
+    ended: list[Record] = []
+    heard: list[Record] = []
+    told: list[Record] = []
+    other.follow_ends(heard.append)
+    journal.follow(lambda record: told.append(other.put(record)))
+    first, second = journal.begin("1.0.0", "CHOOSING"), journal.begin("1.0.0", "CHOOSING")
+    journal.conclude(first.id, outcome="interrupted")
+    journal.follow_ends(ended.append)
+    journal.change(second.id, "STAGING")
+    journal.change(second.id, "RETIRED", outcome="committed")
+    journal.conclude(second.id, installed=True)
+    other.conclude(second.id, pid_not_kept="because")
+    assert [(record.id, record.outcome) for record in ended] == [(first.id, "interrupted"), (second.id, "committed")]
+    assert told[-1].installed
+    assert not heard
+
+
 def test_the_newest_are_kept_and_come_first(tmp_path: Path) -> None:
     """The history is bounded."""
     journal = Journal(tmp_path / "journal")
