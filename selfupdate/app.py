@@ -8,7 +8,7 @@ import pkgutil
 import re
 from typing import TYPE_CHECKING, Any
 
-from selfupdate import events
+from selfupdate import events, exposition
 from selfupdate.access import goes_by, is_from_here
 from selfupdate.errors import (
     ChoiceError,
@@ -26,6 +26,7 @@ from selfupdate.journal import KEPT, now
 from selfupdate.lifecycle import Lifecycle, Phase
 from selfupdate.listener import join
 from selfupdate.messages import Request, Response, json_response, problem, refusal
+from selfupdate.metrics import NO_ROUTE, OTHER, Metrics
 from selfupdate.relay import relay
 from selfupdate.settings import parse_duration
 
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
     from selfupdate.access import Gate
     from selfupdate.candidates import Scanner
+    from selfupdate.counters import Counters
     from selfupdate.journal import Journal, Record
     from selfupdate.program import Program
+    from selfupdate.server import Server
     from selfupdate.settings import Settings
     from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
@@ -86,9 +89,10 @@ class App:
         upgrader: Upgrader,
         trust: Trust,
         gate: Gate,
-        wake: Callable[[], None],
+        server: Server,
+        counters: Counters,
     ) -> None:
-        """Answer for this process; `wake` whoever sends streams when they have news."""
+        """Answer for this process; count what the `server` answers, and wake it when streams have news."""
         self._program = program
         self._version = program.version
         self._generation = generation
@@ -101,7 +105,7 @@ class App:
         self._gate = gate
         self._names = {*(bind.host.lower() for bind in settings.bind), *(settings.allowed_hosts or ())}
         self._started_at = now()
-        self._feed = events.Feed(journal, lifecycle, self._standing, wake, settings.limits.listeners)
+        self._feed = events.Feed(journal, lifecycle, self._standing, server.advance_streams, settings.limits.listeners)
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
             "/version": ("GET", lambda _: json_response({"version": self._version})),
             "/healthz": ("GET", lambda _: self.health()),
@@ -111,8 +115,19 @@ class App:
             "/upgrade": ("POST", self._upgrade),
             "/rollback": ("POST", self._rollback),
             "/upgrades": ("GET", self._upgrades),
+            "/metrics": ("GET", lambda _: Response(200, self._metrics.text().encode(), exposition.CONTENT_TYPE)),
             **dict.fromkeys(_PAGE, ("GET", self._page)),
         }
+        self._metrics = Metrics(
+            version=program.version,
+            generation=generation,
+            lifecycle=lifecycle,
+            journal=journal,
+            scanner=scanner,
+            server=server,
+            counters=counters,
+        )
+        server.follow(self._count)
 
     def respond(self, request: Request) -> Response:  # noqa: PLR0911 - each refusal has its own words
         """Return the answer to `request`; who may ask is checked before anything acts."""
@@ -145,6 +160,17 @@ class App:
             return problem(400, str(error))
         except SelfUpdateError as error:
             return self._refuse(error)
+
+    def _count(self, method: str, path: str | None, status: int, seconds: float) -> None:
+        self._metrics.answered(self._pattern(path), method, status, seconds)
+
+    def _pattern(self, path: str | None) -> str:
+        """Return the pattern of the route of `path`."""
+        if path is None:
+            return NO_ROUTE
+        if path in self._routes:
+            return path
+        return "/upgrades/{id}" if _is_record(path) else OTHER
 
     def health(self) -> Response:
         """Return the answer to `GET /healthz`."""

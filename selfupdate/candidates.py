@@ -114,6 +114,8 @@ class Scanner:
         self._fault = fault
         self._limits = limits
         self._lock = threading.Lock()
+        self.last: list[Candidate] | None = None
+        """What the last scan of this process returned; None before the first."""
         self._versions: dict[str, Version | CandidateError] = {}
         """What each digest answered to `-version`, or why it is no candidate."""
 
@@ -134,7 +136,8 @@ class Scanner:
             self._prune(found)
         found.sort(key=lambda candidate: candidate.name)
         found.sort(key=lambda candidate: (candidate.version is not None, candidate.version), reverse=True)
-        return self._rank(found)
+        self.last = self._rank(found)
+        return self.last
 
     def _prune(self, found: list[Candidate]) -> None:
         needed = self._needed()

@@ -39,6 +39,9 @@ class Service(Protocol):
     def respond(self, request: Request) -> Response:
         """Return the application's answer."""
 
+    def answers(self, method: str, path: str | None, status: int, seconds: float) -> None:
+        """Tell of an answer that is about to be written."""
+
     def date(self) -> str:
         """Return the Date field."""
 
@@ -91,6 +94,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """What goes on being said, once its answer has begun."""
         self._unsent = b""
         self._has_taken = True
+        self._began = 0.0
+        """When it was begun to answer the request; of `time.monotonic()`."""
 
     def fileno(self) -> int:
         """Return the descriptor, readable when something has arrived."""
@@ -165,6 +170,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _serve_one(self) -> None:
         self.close_connection = True
         self.command = self.request_version = ""
+        self._began = time.monotonic()
         end = _END_OF_HEAD.search(self._received)
         if end is None:
             self._refuse_beginning()
@@ -205,7 +211,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         names = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, path, dict(urllib.parse.parse_qsl(query, keep_blank_values=True)), names, body)
-        self._write(self._server.respond(request))
+        self._write(self._server.respond(request), path)
 
     def _read_body(self) -> bytes:
         """Return the body. Raises _FramingError where its length is not certain (RFC 9112, section 6.3)."""
@@ -275,7 +281,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Ask for no body yet (RFC 9110, section 10.1.1): first it is seen whether it will be taken."""
         return True
 
-    def _write(self, response: Response) -> None:
+    def _write(self, response: Response, path: str | None = None) -> None:
+        self._server.answers(self.command, path, response.status, time.monotonic() - self._began)
         if self._server.ends_connections:
             self.close_connection = True
         lines = [

@@ -57,6 +57,7 @@ class Server:
         self.ends_connections = False
         """Whether each connection is closed behind its next answer."""
         self._application = application
+        self._follower: Callable[[str, str | None, int, float], None] | None = None
         self._listeners: collections.deque[socket.socket] = collections.deque()
         """The one that was accepted on last comes last: when there is no room, the others are first to get some."""
         self._accepting = False
@@ -139,6 +140,24 @@ class Server:
 
         self._call(begin)
 
+    def follow(self, follower: Callable[[str, str | None, int, float], None]) -> None:
+        """Call `follower` before each answer is written, in whichever thread writes it.
+
+        With the request's method, or what came in its place; its path, or None where the application was not asked;
+        the status; and the seconds that the answer took.
+        """
+        self._follower = follower
+
+    def connections(self) -> dict[str, int]:
+        """Return how many connections are open, by what they wait for; from any thread."""
+        return {
+            "idle": len(self._idle),
+            "receiving": len(self._beginning),
+            "busy": len(self._busy),
+            "streaming": len(self._streams),
+            "closing": len(self._lingering),
+        }
+
     def wait_until_empty(self) -> None:
         """Wait until the last connection has ended; after `pause`, that has a bound."""
         self._empty.wait()
@@ -179,6 +198,11 @@ class Server:
         except Exception:  # noqa: BLE001 - whatever it was, the client gets an answer
             _log.exception("a request failed", extra={"method": request.method, "path": request.path})
             return problem(500, "This request met a defect in the program; its log says more.")
+
+    def answers(self, method: str, path: str | None, status: int, seconds: float) -> None:
+        """Tell of an answer that is about to be written."""
+        if self._follower:
+            self._follower(method, path, status, seconds)
 
     def date(self) -> str:
         """Return the Date field, formatted once a second."""

@@ -21,6 +21,7 @@ from selfupdate.app import App
 from selfupdate.candidates import Scanner
 from selfupdate.client import Client
 from selfupdate.company import Company
+from selfupdate.counters import Counters
 from selfupdate.errors import (
     CandidateError,
     IllegalTransitionError,
@@ -177,7 +178,8 @@ class _Service:
             upgrader=self._upgrader,
             trust=self._trust,
             gate=Gate(self._token),
-            wake=self._server.advance_streams,
+            server=self._server,
+            counters=Counters(None if self._fault else self._state.path),
         )
 
     def _follow(self) -> None:

@@ -162,6 +162,9 @@ class Site:
         self.asked.append(request)
         return json_response({"path": request.path, "headers": dict(request.headers)})
 
+    def answers(self, method: str, path: str | None, status: int, seconds: float) -> None:
+        pass
+
     def date(self) -> str:
         return "Thu, 01 Jan 1970 00:00:00 GMT"
 
