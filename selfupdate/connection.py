@@ -11,22 +11,28 @@ import http
 import http.client
 import http.server
 import io
+import logging
 import re
 import socket
 import time
 import urllib.parse
 from typing import TYPE_CHECKING, Protocol
 
+from selfupdate import log
 from selfupdate.messages import SAFETY_HEADERS, SIGN_OF_LIFE, Request, Response, problem
 
 if TYPE_CHECKING:
     from selfupdate.messages import Stream
     from selfupdate.settings import Limits
 
+_log = logging.getLogger(__name__)
+
 _MAX_LINE = 65536
 _MAX_TARGET = 2048
 _MAX_HEAD = 128 * 1024
 _CHUNK = 65536
+_REFUSED, _TOO_OFTEN, _FAILED = 400, 429, 500
+"""Statuses: the first that refuses, one whose requests are not to fill the log, the first of the service's failures."""
 
 
 class Service(Protocol):
@@ -62,6 +68,7 @@ _NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r?\n)*\r?\n")
 _REQUEST_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/[1-9]\.[0-9]")
 _LENGTH = re.compile(rb"(?im)^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$")
+_ID = re.compile(rb"\n(?i:x-request-id):[ \t]*([!-~]{1,128})[ \t]*\r?\n")
 _EXPECTS = re.compile(rb"(?im)^expect:[ \t]*100-continue")
 
 
@@ -95,7 +102,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._unsent = b""
         self._has_taken = True
         self._began = 0.0
-        """When it was begun to answer the request; of `time.monotonic()`."""
+        """When a worker took up the request; of `time.monotonic()`."""
 
     def fileno(self) -> int:
         """Return the descriptor, readable when something has arrived."""
@@ -169,13 +176,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _serve_one(self) -> None:
         self.close_connection = True
-        self.command = self.request_version = ""
+        self.command = self.path = self.request_version = ""
         self._began = time.monotonic()
         end = _END_OF_HEAD.search(self._received)
+        head = bytes(self._received[: end.end()]) if end else b""
+        given = _ID.search(head)
+        log.begin_request(given[1].decode() if given else "")
         if end is None:
             self._refuse_beginning()
             return
-        head = bytes(self._received[: end.end()])
         self.rfile = io.BytesIO(head)
         self.raw_requestline = self.rfile.readline(_MAX_LINE + 1)
         if len(self.raw_requestline) > _MAX_LINE:
@@ -290,6 +299,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             "Server: self-update",
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",
+            f"X-Request-Id: {log.request_id()}",
             *SAFETY_HEADERS,
         ]
         if response.stream is None:
@@ -303,9 +313,23 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif self.request_version == "HTTP/1.0":
             lines.append("Connection: keep-alive")
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        self._send(head if self.command == "HEAD" else head + response.body)
+        try:
+            self._send(head if self.command == "HEAD" else head + response.body)
+        finally:
+            self._note(response.status)
         if self.command == "HEAD":
             self._close_stream()
+
+    def _note(self, status: int) -> None:
+        """Log that a request was answered, at a level by how much that says: most lines are never written."""
+        level = logging.WARNING if status >= _FAILED else logging.INFO
+        if status == _TOO_OFTEN or (status < _REFUSED and self.command != "POST"):
+            level = logging.DEBUG
+        if _log.isEnabledFor(level):
+            path = self.path.partition("?")[0][:_MAX_TARGET]
+            took = round(time.monotonic() - self._began, 6)
+            said = {"method": self.command, "path": path, "status": status, "seconds": took}
+            _log.log(level, "answered", extra=said)
 
     def _send(self, text: bytes) -> None:
         self.connection.settimeout(self._server.limits.send_time)

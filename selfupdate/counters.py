@@ -145,7 +145,9 @@ class Counters:
             for key, amount in amounts:
                 if not self._lane.add(key, amount) and not self._is_full:
                     self._is_full = True
-                    _log.error("there are more counters than can be kept", extra={"key": key})
+                    _log.error(
+                        "there are more counters than can be kept", extra={"reason": f"there is no room for {key}"}
+                    )
 
     def totals(self) -> dict[str, float]:
         """Return each key with the sum over all processes that ever counted it."""
@@ -202,10 +204,13 @@ def _open(fd: int, path: Path) -> _Lane:
         lane = _Lane(content)
     except _DamagedError:
         if before:
-            _log.warning("counters are damaged, and begin anew", extra={"path": str(path)})
+            _log.warning("counters are damaged, and begin anew", extra={"file": str(path)})
         return _Lane.made(content)
     if damaged := lane.mend():
-        _log.warning("counters are damaged, and begin anew", extra={"path": str(path), "count": damaged})
+        _log.warning(
+            "counters are damaged, and begin anew",
+            extra={"file": str(path), "reason": f"{damaged} hold nothing that was counted"},
+        )
     return lane
 
 

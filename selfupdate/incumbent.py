@@ -65,6 +65,8 @@ class Incumbent:
         self.installed: str | None = None
         self.trust: dict[str, str] | None = None
         """The text of each flag that concerns trust; None where nothing was said of it."""
+        self.upgrade = ""
+        """The id of the upgrade that this process is a part of; empty where it was not told."""
         self.pid = os.getppid()
         self.comes_back = False
         """Whether it is what this very process started, and hands back to it now."""
@@ -90,6 +92,7 @@ class Incumbent:
             self.sha256 = str(hello["sha256"])
             self.installed = str(hello["installed"])
             self.shared = system.shared(hello)
+            self.upgrade = str(hello.get("upgrade", ""))
             self.trust = {str(name): str(text) for name, text in hello["trust"].items()}
             self._streams = [system.adopt(int(stream)) for stream in hello["streams"]]
             self.comes_back = bool(hello.get("comes_back"))

@@ -244,7 +244,7 @@ class Journal:
             try:
                 self._append(record)
             except OSError as error:
-                _log.error("the journal cannot be written", extra={"path": str(self._path), "reason": error.strerror})
+                _log.error("the journal cannot be written", extra={"file": str(self._path), "reason": error.strerror})
             return self._decide(record)
 
     def note(self, **fields: Any) -> None:
@@ -437,7 +437,7 @@ class Journal:
             try:
                 record = Record.from_json(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError, VersionError):
-                _log.warning("a line of the journal is passed over", extra={"path": str(self._path), "line": number})
+                _log.warning("a line of the journal is passed over", extra={"file": str(self._path), "line": number})
                 continue
             found.pop(record.id, None)
             _keep(found, record)

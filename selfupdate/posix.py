@@ -451,6 +451,11 @@ def watch_for_stop(_act: Callable[[], None]) -> None:
     """Call nothing: signals are all that tells a process to stop."""
 
 
+def obeys_escape_codes(_fd: int, environ: Mapping[str, str]) -> bool:
+    """Tell whether a terminal does what escape codes say (terminfo(5))."""
+    return (environ.get("TERM") or "dumb") != "dumb"
+
+
 def open_lock(path: Path) -> int:
     """Return a descriptor of the lock `path`, which is made where it is missing. Raises OSError."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

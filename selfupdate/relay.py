@@ -7,6 +7,7 @@ import http.client
 import urllib.parse
 from typing import TYPE_CHECKING
 
+from selfupdate import log
 from selfupdate.errors import NotNowError
 from selfupdate.listener import connect
 from selfupdate.messages import Response
@@ -27,6 +28,7 @@ def relay(request: Request, address: Address, timeout: float) -> Response:
     Whoever sent it was let in here, so what says from which page it came is left out. Raises NotNowError.
     """
     headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    headers |= {"X-Request-Id": asked} if (asked := log.request_id()) else {}
     try:
         with contextlib.closing(_Connection(connect(address, timeout))) as connection:
             target = f"{request.path}?{urllib.parse.urlencode(request.query)}"

@@ -115,7 +115,8 @@ class _Service:
         self._settings = given = self._with_trust(given)
         settings.check(given)
         self._generation = self._incumbent.generation if self._incumbent else 0
-        log.configure(dev=given.dev, version=__version__, generation=self._generation)
+        upgrade = self._incumbent.upgrade if self._incumbent else ""
+        log.configure(os.environ, dev=given.dev, generation=self._generation, upgrade=upgrade)
         threading.excepthook = _crash
         self._token = read_token(given.token_file) if given.token_file else None
         self._lifecycle = Lifecycle(Phase.STANDBY if self._incumbent else Phase.RUNNING)
@@ -223,7 +224,7 @@ class _Service:
             self._manager.ready(f"{__version__} serves on {listeners.join(self._upgrader.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
-                _log.warning("there is no upgrade directory yet", extra={"path": str(self._settings.upgrade_dir)})
+                _log.warning("there is no upgrade directory yet", extra={"directory": str(self._settings.upgrade_dir)})
         while True:
             word = self._signals.next()
             assert word is not None
@@ -262,11 +263,13 @@ class _Service:
         self._standby.end()
         self._standby = None
         self._incumbent.take_streams()
+        log.configure(os.environ, dev=self._settings.dev, generation=self._generation)
         self._begin_to_own()
         if settled is Phase.STARTING:
             channel = self._incumbent.take_channel()
             assert channel is not None
-            self._upgrader.hand_back(channel, self._incumbent.pid)
+            with log.upgrade(self._incumbent.upgrade):
+                self._upgrader.hand_back(channel, self._incumbent.pid)
         else:
             self._incumbent.close_channel()
             self._manager.is_main = True

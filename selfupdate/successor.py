@@ -22,7 +22,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from selfupdate import process, system, versions
+from selfupdate import log, process, system, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
 from selfupdate.foreign import shown
 from selfupdate.listener import Address, connect
@@ -306,6 +306,7 @@ class Successor:
     ) -> tuple[int, dict[str, Any]]:
         """Return the status and the JSON object (or none) that GET `path` answers. Raises SuccessorError."""
         fields = {"Host": "localhost", "Connection": "close", **(headers or {})}
+        fields |= {"X-Request-Id": asked} if (asked := log.request_id()) else {}
         request = f"GET {path} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in fields.items()) + "\r\n"
         try:
             with connect(address, max(0.001, deadline - time.monotonic())) as connection:

@@ -65,7 +65,7 @@ class Transcript:
         tail = self._tail
         if self._is_cut and b"\n" in tail:
             tail = tail.partition(b"\n")[2]
-        return "\n".join(shown(line) for line in tail.decode("utf-8", "surrogateescape").split("\n"))
+        return _escaped(tail)
 
     def close_writers(self) -> None:
         """Leave the writing ends to the child, so that its end is theirs."""
@@ -118,7 +118,14 @@ class Transcript:
         self._tail = (self._tail + chunk)[-KEPT:]
 
 
+def _escaped(text: bytes) -> str:
+    """Return `text` with all that is not printable escaped, but for the ends of lines."""
+    return "\n".join(shown(line) for line in text.decode("utf-8", "surrogateescape").split("\n"))
+
+
 def _write(stream: int, text: bytes) -> None:
+    if os.isatty(stream):  # which would do what escape codes say
+        text = _escaped(text).encode()
     with contextlib.suppress(OSError):  # nobody reads it, or its disk is full: no reason to hold the successor up
         while text:
             text = text[os.write(stream, text) :]

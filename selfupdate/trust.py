@@ -201,7 +201,7 @@ class Trust:
         self.warn()
         if not self._settings.insecure_allow_unsigned and _everybody_can_write(self._settings.upgrade_dir):
             _log.warning(
-                "everybody can write to the upgrade directory", extra={"path": str(self._settings.upgrade_dir)}
+                "everybody can write to the upgrade directory", extra={"directory": str(self._settings.upgrade_dir)}
             )
         try:
             self.read()

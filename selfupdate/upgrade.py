@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
-from selfupdate import signature, system, versions
+from selfupdate import log, signature, system, versions
 from selfupdate.candidates import Candidate
 from selfupdate.errors import (
     CandidateError,
@@ -170,6 +170,10 @@ class Upgrader:
         return Candidate(release.name, versions.parse(last.from_version), release)
 
     def _begin(self, record: Record, choose: Callable[[], Candidate | None]) -> Record | None:
+        with log.upgrade(record.id):
+            return self._choose(record, choose)
+
+    def _choose(self, record: Record, choose: Callable[[], Candidate | None]) -> Record | None:
         try:
             candidate = choose()
             if candidate is None:
@@ -186,7 +190,7 @@ class Upgrader:
             elif isinstance(error, ChoiceError):
                 self._journal.discard(record.id)  # nothing was there to be upgraded to
             raise
-        threading.Thread(target=self._drive, args=(record.id, candidate), name="upgrade", daemon=True).start()
+        log.start_thread("upgrade", self._drive, record.id, candidate)
         return record
 
     def stop(self) -> None:
@@ -205,7 +209,7 @@ class Upgrader:
     def hand_back(self, channel: system.Channel, original: int) -> None:
         """Begin to hand over to the process `original`, which this one came from, and which becomes this version."""
         self._idle.clear()
-        threading.Thread(target=self._drive_back, args=(channel, original), name="hand-back", daemon=True).start()
+        log.start_thread("hand-back", self._drive_back, channel, original)
 
     def _claim(self, kind: str, **fields: Any) -> Record:
         self._wait_for_handover()
@@ -378,6 +382,7 @@ class Upgrader:
         """Return what a successor must know, which gets the listeners `shared`."""
         return {
             "generation": generation,
+            "upgrade": log.upgrade_id(),
             "program": str(self._program.path) if self._program.path else None,
             "sha256": sha256,
             "installed": self._program.installed,
@@ -405,7 +410,7 @@ class Upgrader:
             fields["log"] = self._successor.log
         write = self._journal.conclude if event in _WAY_BACK else self._journal.change
         record = write(upgrade_id, phase, **fields)
-        fields = {"upgrade": upgrade_id, "phase": phase, "to": record.to_version, "outcome": record.outcome}
+        fields = {"phase": phase, "to": record.to_version, "outcome": record.outcome}
         if record.reason is None:
             _log.info("upgrade", extra=fields)
         else:

@@ -6,6 +6,7 @@ Each is described by Microsoft's documentation page of the same name. What fails
 from __future__ import annotations
 
 import ctypes
+import msvcrt
 import socket
 import struct
 import sys
@@ -32,6 +33,7 @@ _PROCESS_QUERY_INFORMATION, _PROCESS_SET_QUOTA, _PROCESS_TERMINATE, _PROCESS_SUS
 _GENERIC_READ_WRITE, _FILE_SHARE_READ, _OPEN_ALWAYS = 0xC0000000, 0x1, 4
 _EXTENDED_LIMIT_INFORMATION = 9
 _TCP_TABLE_OWNER_PID_LISTENER = 3
+_ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x4
 
 
 def _check(result: int | None) -> int:
@@ -200,6 +202,18 @@ def write(handle: int, content: bytes) -> None:
     _check(
         _kernel.WriteFile(wintypes.HANDLE(handle), content, wintypes.DWORD(len(content)), ctypes.byref(written), None)
     )
+
+
+def obey_escape_codes(fd: int) -> bool:
+    """Have the console at `fd` do what escape codes say; tell whether it does (SetConsoleMode)."""
+    mode = wintypes.DWORD()
+    try:
+        console = wintypes.HANDLE(msvcrt.get_osfhandle(fd))
+        _check(_kernel.GetConsoleMode(console, ctypes.byref(mode)))
+        _check(_kernel.SetConsoleMode(console, wintypes.DWORD(mode.value | _ENABLE_VIRTUAL_TERMINAL_PROCESSING)))
+    except OSError:  # it is older than Windows 10, or no console
+        return False
+    return True
 
 
 def listeners() -> list[tuple[bytes, int, int]]:

@@ -522,6 +522,11 @@ def watch_for_stop(act: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="stop", daemon=True).start()
 
 
+def obeys_escape_codes(fd: int, environ: Mapping[str, str]) -> bool:
+    """Tell whether a console does what escape codes say, now that it was told to."""
+    return environ.get("TERM") != "dumb" and win32.obey_escape_codes(fd)
+
+
 def open_lock(path: Path) -> int:
     """Return a descriptor of the lock `path`, which is made where it is missing. Raises OSError."""
     return os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)

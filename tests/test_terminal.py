@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 import pytest
+from programs import shell
 from service import PATIENCE, Place, Watched, is_zombie, sessions
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 FLAGS = "-insecure-allow-unsigned -bind localhost:0 -upgrade-bind localhost:0 -state-dir state -drain 2s"
 PROMPT = "ready> "
+ENVIRONMENT = {"PS1": PROMPT, "TERM": "xterm", "NO_COLOR": ""}
 CTRL_C = b"\x03"
 
 
@@ -33,9 +35,10 @@ class Terminal(Watched):
     def __init__(self, command: list[str], directory: Path) -> None:
         super().__init__()
         self._seen = ""
+        self.written = b""
         self._master, slave = os.openpty()
         self.shell = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, cwd=directory, env={**os.environ, "PS1": PROMPT}
+            command, stdin=slave, stdout=slave, stderr=slave, cwd=directory, env={**os.environ, **ENVIRONMENT}
         )
         os.close(slave)
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -45,6 +48,7 @@ class Terminal(Watched):
         with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
             while chunk := os.read(self._master, 4096):
                 with self._news:
+                    self.written += chunk
                     self._seen += chunk.decode()
                     self._news.notify_all()
 
@@ -73,7 +77,7 @@ class Terminal(Watched):
         """Type the command that starts the service; return its process id."""
         self.expect(PROMPT)
         self.type(f"./self-update {FLAGS} {flags}\n".encode())
-        self._place: Place = ("localhost", int(self.expect(r'"serving".*"bind": "localhost:([0-9]+)"')))
+        self._place: Place = ("localhost", int(self.expect("serving.*bind[^l]+localhost:([0-9]+)")))
         return int(self.get("/status")["pid"])
 
     def assert_the_shell_is_back(self) -> None:
@@ -136,3 +140,16 @@ def test_ctrl_c_in_the_middle_of_an_upgrade_ends_both_versions(
     terminal.expect('"stopped", "version": "1.1.0"')
     terminal.expect('"stopped", "version": "1.0.0"')
     terminal.assert_the_shell_is_back()
+
+
+def test_logs_are_coloured_and_foreign_text_is_escaped(terminal: Terminal, tmp_path: Path) -> None:
+    """What a candidate writes appears on the terminal, and is no order to it."""
+    terminal.start("-dev")
+    shell(tmp_path / "upgrades" / "bad", "2.0.0", r"printf '\033]0;owned\007\033[2J\302\233Jend\n' >&2; exit 3")
+    assert terminal.upgrade()["outcome"] == "aborted"
+    terminal.expect(r"\n\\x1b\]0;owned\\x07\\x1b\[2J\\x9bJend\r\n")
+    terminal.expect("\x1b\\[33mWARNING\x1b\\[0m .*bad ended with status 3")
+    terminal.type(CTRL_C)
+    terminal.assert_the_shell_is_back()
+    codes = re.findall(b"\x1b[^m]*m?|\xc2[\x80-\x9f]", terminal.written)
+    assert {re.sub(rb"[0-9]+", b"", code) for code in codes} == {b"\x1b[m"}

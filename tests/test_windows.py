@@ -97,7 +97,7 @@ def test_ctrl_c_on_its_console_stops_it(wine: Wine, exe: Path, tmp_path: Path) -
         while b"stopped" not in seen:
             seen += console.read(4096)
     process.wait(PATIENCE)
-    assert b"signal=SIGINT" in seen
+    assert b"signal=SIGINT" in re.sub(rb"\x1b\[[0-9]*m", b"", seen)
 
 
 def test_a_state_directory_has_one_service(start: Callable[..., WindowsService], wine: Wine) -> None:
