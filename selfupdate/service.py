@@ -40,6 +40,7 @@ from selfupdate.releases import Store
 from selfupdate.server import Server
 from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
+from selfupdate.terminal import Terminal
 from selfupdate.trust import Trust
 from selfupdate.unit import print_unit
 from selfupdate.upgrade import Upgrader
@@ -82,7 +83,7 @@ def _run(arguments: Sequence[str]) -> int:
         (Client.roll_back, given.rollback),
     ):
         if is_asked_for:
-            return command(Client(given))
+            return command(Client(given, Terminal.of(sys.stdout, os.environ)))
     if given.verify is not None:
         settings.check(given)
         return verify(given, given.verify)

@@ -149,9 +149,11 @@ FLAGS = (
     Flag("signers-required", "1", _count, "a number from 1 to 8", "how many people must have signed", _TRUST),
     Flag("insecure-allow-unsigned", "false", _switch, _BOOLEAN, "check no signatures; on loopback alone", _TRUST),
     Flag("token-file", None, _path, _FILE, "the token that every POST must bear", _TRUST),
-    Flag("status", "false", _switch, _BOOLEAN, "print how the running service stands, and exit", _CALL),
+    Flag(
+        "status", "false", _switch, _BOOLEAN, "print how the running service stands, follow an upgrade, and exit", _CALL
+    ),
     Flag("json", "false", _switch, _BOOLEAN, "with -status: print JSON", _CALL),
-    Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, print each phase, and exit", _CALL),
+    Flag("apply", "false", _switch, _BOOLEAN, "ask the running service to upgrade, show each step, and exit", _CALL),
     Flag("rollback", "false", _switch, _BOOLEAN, "ask the running service to go back to the version before", _CALL),
     Flag("verify", None, _path, _FILE, "print whether a file would be trusted, without running it, and exit", _CALL),
     Flag("print-unit", "false", _switch, _BOOLEAN, "print a systemd unit for the given flags, and exit", _CALL),

@@ -53,8 +53,10 @@ def places(bind: str) -> list[Place]:
 # PR_SET_CHILD_SUBREAPER), it learns how each of them ended, and reaps it.
 ctypes.CDLL(None).prctl(36, 1)
 
-# One that ignores SIGHUP, as nohup(1) has it do, leaves that to all that it starts: here it is to mean something.
+# One that ignores SIGHUP, as nohup(1) has it do, or SIGINT, as a shell has its background jobs do, leaves that to all
+# that it starts: here both are to mean something.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first line of the program takes `python3` from PATH: it is to be the one that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -14,6 +14,7 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import tracemalloc
 import types
@@ -35,6 +36,7 @@ from selfupdate.journal import Entry, Journal, Record
 from selfupdate.messages import Request, Response, json_response
 from selfupdate.settings import FLAGS, Limits, check, parse
 from selfupdate.sshformat import Key, parse_allowed_signers, parse_public_keys, parse_signatures
+from selfupdate.terminal import Terminal
 from selfupdate.versions import parse as parse_version
 from selfupdate.versions import parse_output
 
@@ -630,7 +632,7 @@ def test_lock_files(content: bytes) -> None:
         assert set(signed) in (set(), {"pid", "bind"})
         assert all(text.isprintable() for text in signed.values())
         try:
-            Client(parse(["-state-dir", directory], {}))
+            Client(parse(["-state-dir", directory], {}), Terminal.of(sys.stdout, {}))
         except StartError as error:
             assert_is_one_line(error)
 
