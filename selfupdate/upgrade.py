@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
@@ -177,21 +178,32 @@ class Upgrader:
         try:
             candidate = choose()
             if candidate is None:
-                self._journal.discard(record.id)
-                with self._claim_lock:
-                    self._lifecycle.step(Event.UP_TO_DATE)
-                    self._idle.set()
+                self._forget(record, Event.UP_TO_DATE)
                 return None
             self._raise_if_stopping()
+        except NotEligibleError as error:
+            self._fail(record.id, error)
+            error.upgrade_id = record.id
+            raise
+        except ChoiceError as error:  # nothing was there to be upgraded to
+            self._forget(record, Event.FAILED, Event.REVERTED, outcome="aborted", reason=str(error))
+            raise
         except BaseException as error:
             self._fail(record.id, error)
-            if isinstance(error, NotEligibleError):
-                error.upgrade_id = record.id
-            elif isinstance(error, ChoiceError):
-                self._journal.discard(record.id)  # nothing was there to be upgraded to
             raise
         log.start_thread("upgrade", self._drive, record.id, candidate)
         return record
+
+    def _forget(self, record: Record, *events: Event, **fields: Any) -> None:
+        """Be as before by `events`; those who follow the journal hear of `fields`, and nothing is written down."""
+        with self._claim_lock:  # whoever claims next finds it either under way or idle
+            for event in events:
+                self._lifecycle.step(event)
+            if fields:
+                ended = self._journal.put(replace(record, **fields))
+                _log.warning("upgrade", extra={"upgrade": ended.id, "outcome": ended.outcome, "reason": ended.reason})
+            self._journal.discard(record.id)
+            self._idle.set()
 
     def stop(self) -> None:
         """Take no more requests; end an upgrade that is under way, and its successor."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from clients import Asking
+from programs import shell
 from service import PATIENCE, Service
 
 from selfupdate.lifecycle import TRANSITIONS, Event, Phase
@@ -35,6 +36,8 @@ pytestmark = pytest.mark.slow
 BEFORE, RECORDED = "before", "recorded"
 INCUMBENT, SUCCESSOR, BOTH = "incumbent", "successor", "both"
 UPGRADE, ROLLBACK = "upgrade", "rollback"
+NO_GOOD = "old"
+"""A candidate that is not eligible: asking for one that is not there is written down nowhere."""
 
 # Waits at the gate at the moment, once, in the process that is on its way from the phase by the event.
 _HOLD = """
@@ -75,7 +78,7 @@ _INCUMBENT_FAILS = {
     Phase.CHOOSING: """
 from selfupdate import errors, upgrade
 def previous(self):
-    raise errors.NothingToRollBackToError("gone")
+    raise errors.NotEligibleError("gone")
 upgrade.Upgrader._previous = previous
 """,
     Phase.STAGING: """
@@ -186,6 +189,7 @@ def _prepare(case: Case, programs: Programs, directory: Path, gate: Path) -> tup
     first, second = (incumbent, successor) if case.kind == UPGRADE else (successor, incumbent)
     service = Service(first, directory, *flags, environ=environ)
     shutil.copy2(second, service.upgrade_dir / new)
+    shell(service.upgrade_dir / NO_GOOD, "0.9.0", "exit 3")
     if case.kind == ROLLBACK:  # from the newer version to the older one, which was there first
         assert service.upgrade()["outcome"] == "committed"
         service.status_when(lambda status: status["phase"] == "RUNNING" and status["version"] == new)
@@ -243,9 +247,9 @@ def test_a_kill_at_any_step_leaves_something_that_works(case: Case, programs: Pr
 
 def _request(service: Service, case: Case, name: str) -> None:
     """Ask for what is to be interrupted; the answer may be lost with the process that owes it."""
-    is_missing = (case.phase, case.event) == (Phase.CHOOSING, Event.FAILED)
+    is_no_good = (case.phase, case.event) == (Phase.CHOOSING, Event.FAILED)
     with contextlib.suppress(OSError, http.client.HTTPException):
         if case.kind == ROLLBACK:
             service.ask("POST", "/rollback")
         else:
-            service.ask("POST", "/upgrade", {"name": "nothing" if is_missing else name})
+            service.ask("POST", "/upgrade", {"name": NO_GOOD if is_no_good else name})

@@ -78,6 +78,18 @@ def test_an_upgrade_is_accepted_and_can_be_followed(start: Callable[..., Service
     assert (answer.status, answer.json["outcome"]) == (200, "up-to-date")
 
 
+def test_what_was_never_begun_is_in_no_history(start: Callable[..., Service], programs: Programs) -> None:
+    """There was nothing to go back to, and no such candidate: the next version knows as little of it as this one."""
+    service = start("-probation", "100ms", "-drain", "5s")
+    assert service.ask("POST", "/rollback").status == 409
+    assert service.ask("POST", "/upgrade", {"name": "nothing"}).status == 404
+    assert service.get("/upgrades") == {"upgrades": []}
+    (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
+    record = service.upgrade()
+    service.status_when(lambda status: status["version"] == "1.1.0" and status["phase"] == "RUNNING")
+    assert [known["id"] for known in service.get("/upgrades")["upgrades"]] == [record["id"]]
+
+
 def test_of_many_simultaneous_requests_one_is_accepted(start: Callable[..., Service], programs: Programs) -> None:
     """50 at once: one 202, and 49 times 409 with its id and its place."""
     service = start("-probation", "300ms", "-drain", "5s")
