@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pkgutil
 import re
@@ -231,7 +232,7 @@ class App:
 
     def _wait_in(self, request: Request) -> float:
         try:
-            wait = parse_duration(request.query.get("wait", "0"))
+            wait = parse_duration(request.query.get("wait", "0"), longest=math.inf)  # what is too long is cut below
         except ValueError:
             raise _BadRequestError("wait takes a duration such as 500ms, 30s or 2m.") from None
         # The answer is under way when this process stops accepting, and must be given while it drains.

@@ -40,8 +40,8 @@ def _switch(text: str) -> bool:
     return _SWITCH[text]
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of a duration: `500ms`, `10s`, `2m`, `1m30s`, or `0`; at most a day.
+def parse_duration(text: str, longest: float = _LONGEST) -> float:
+    """Return the seconds of a duration: `500ms`, `10s`, `2m`, `1m30s`, or `0`; at most `longest`, a day.
 
     Raises ValueError on anything else.
     """
@@ -51,7 +51,7 @@ def parse_duration(text: str) -> float:
     if not parts or "".join(map("".join, parts)) != text:
         raise ValueError(text)
     seconds = math.fsum(float(number) * _UNITS[unit] for number, unit in parts)
-    if seconds > _LONGEST:
+    if seconds > longest:
         raise ValueError(text)
     return seconds
 

@@ -150,6 +150,14 @@ def test_a_bad_request_for_an_upgrade(
     assert recorded == (["aborted"] if status == 422 else []), "only what could be examined is recorded"
 
 
+def test_a_wait_of_any_length_has_the_same_bound(start: Callable[..., Service], programs: Programs) -> None:
+    """What is longer than a day is waited for no longer than anything else: the time to drain."""
+    service = start("-probation", "1m", "-drain", "100ms")
+    (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
+    answer = service.ask("POST", "/upgrade?wait=1000h")
+    assert (answer.status, answer.json["outcome"]) == (202, None)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
