@@ -96,6 +96,7 @@ class App:
         """Answer for this process; count what the `server` answers, and wake it when streams have news."""
         self._program = program
         self._version = program.version
+        self._contract = _contract(program.version)
         self._generation = generation
         self._settings = settings
         self._lifecycle = lifecycle
@@ -109,6 +110,7 @@ class App:
         self._feed = events.Feed(journal, lifecycle, self._standing, server.advance_streams, settings.limits.listeners)
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
             "/version": ("GET", lambda _: json_response({"version": self._version})),
+            "/openapi.json": ("GET", lambda _: self._contract),
             "/healthz": ("GET", lambda _: self.health()),
             "/status": ("GET", lambda _: json_response(self._standing())),
             "/events": ("GET", self._events),
@@ -270,8 +272,15 @@ class App:
         return refusal(status, error)
 
 
+def _contract(version: str) -> Response:
+    """Return the answer to `GET /openapi.json`, in the running version; read at start, as the page is."""
+    document = json.loads(pkgutil.get_data("selfupdate", "openapi.json") or b"")
+    document["info"]["version"] = version
+    return json_response(document)
+
+
 def _not_found(_: Request) -> Response:
-    return problem(404, "There is nothing here; GET / is the page, and the README lists the rest.")
+    return problem(404, "There is nothing here; GET / is the page, and GET /openapi.json lists the rest.")
 
 
 def _is_record(path: str) -> bool:

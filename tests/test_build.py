@@ -52,6 +52,7 @@ def test_a_compiled_module_stands_beside_each_source(tmp_path: Path) -> None:
     assert {"__main__.py", "selfupdate/server.py", "packaging/version.py"} <= sources
     assert {f"{name}c" for name in sources} <= names
     assert {"selfupdate/ui/index.html", "selfupdate/ui/app.js", "selfupdate/ui/style.css"} <= names
+    assert "selfupdate/openapi.json" in names
 
 
 def test_the_windows_program_is_a_launcher_with_the_same_archive(tmp_path: Path) -> None:
