@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema_rs
 import pytest
 import schemathesis
+from clients import Listening
 from programs import shell
 
 import selfupdate
@@ -35,8 +36,11 @@ CANDIDATE = "self-update-1.1.0"
 
 # The same data each time, none remembered, of each kind. What a schema cannot say is said here: that a body has at
 # most 4096 bytes, that the candidate which is asked for may be no good, and that a GET with a body is malformed
-# before it is of a wrong method. What is asked of a service in another state is added at the end.
+# before it is of a wrong method. Of a stream the first event is taken. What is asked of a service in another state is
+# added at the end.
 CONFIG = """
+max-stream-events = 1
+
 [cache]
 enabled = false
 
@@ -291,6 +295,21 @@ def test_nothing_is_found_while_the_service_upgrades_and_goes_back(
 
 
 @pytest.mark.slow
+def test_each_event_of_an_upgrade_is_as_the_document_says(start: Callable[..., Service], programs: Programs) -> None:
+    """Of each kind at least one is told; what is in it has its schema."""
+    service = start("-probation", "100ms", "-drain", "2s")
+    listening = Listening(service.address, 0)
+    (service.upgrade_dir / CANDIDATE).symlink_to(programs.version("1.1.0"))
+    service.upgrade()
+    listening.wait_for(lambda event: event.kind == "status" and event.data["version"] == "1.1.0")
+    listening.stop()
+    assert {event.kind for event in listening.events} == {"status", "phase", "record"}
+    for event in listening.events:
+        schema = CONTRACT["components"]["schemas"][f"{event.kind.title()}Event"]["properties"]["data"]["contentSchema"]
+        assert list(_faults_of_schema(CONTRACT, event.kind, schema, [event.data])) == []
+
+
+@pytest.mark.slow
 def test_nothing_is_found_after_a_failed_upgrade(start: Callable[..., Service], tmp_path: Path) -> None:
     """Its record is there, and more fail as they are asked for by name."""
     service = start("-probation", "100ms", "-drain", "2s")
@@ -335,6 +354,7 @@ def test_whatever_is_broken_in_the_document_is_found(start: Callable[..., Servic
         ("/paths/~1upgrades/get/parameters/0/schema/maximum", 99),
         ("/paths/~1upgrades~1{id}/get/parameters/2/schema/maximum", 99999),
         ("/paths/~1upgrade/post/security", [{"token": []}]),
+        ("/components/schemas/StatusEvent/properties/data/contentSchema", {"required": ["weather"]}),
     ):
         document = _changed(place, value, document)
     failures = examine(service, tmp_path, CONFIG, document, "--phases", "coverage")["failures"]
@@ -346,4 +366,5 @@ def test_whatever_is_broken_in_the_document_is_found(start: Callable[..., Servic
         ("AcceptedNegativeData", "GET /upgrades"),
         ("RejectedPositiveData", "GET /upgrades/{id}"),
         ("MissingHeaderNotRejected", "POST /upgrade"),
+        ("JsonSchemaError", "GET /events"),
     }
