@@ -28,6 +28,7 @@ from selfupdate.lifecycle import Lifecycle, Phase
 from selfupdate.listener import join
 from selfupdate.messages import Request, Response, json_response, problem, refusal
 from selfupdate.metrics import NO_ROUTE, OTHER, Metrics
+from selfupdate.page import with_state
 from selfupdate.relay import relay
 from selfupdate.settings import parse_duration
 
@@ -52,6 +53,7 @@ _PAGE = {
         ("/app.js", "app.js", "text/javascript; charset=utf-8"),
         ("/icon.svg", "icon.svg", "image/svg+xml"),
         ("/style.css", "style.css", "text/css; charset=utf-8"),
+        ("/view.js", "view.js", "text/javascript; charset=utf-8"),
     )
 }
 
@@ -262,6 +264,10 @@ class App:
 
     def _page(self, request: Request) -> Response:
         body, content_type = _PAGE[request.path]
+        if request.path == "/":
+            host = request.headers.get("host", join(self._upgrader.binds))
+            needs_token = self._settings.token_file is not None
+            body = with_state(body, self._standing(), self._journal.records(), host, needs_token=needs_token)
         return Response(200, body, content_type)
 
     def _refuse(self, error: SelfUpdateError) -> Response:

@@ -51,8 +51,8 @@ def test_a_compiled_module_stands_beside_each_source(tmp_path: Path) -> None:
     sources = {name for name in names if name.endswith(".py")}
     assert {"__main__.py", "selfupdate/server.py", "packaging/version.py"} <= sources
     assert {f"{name}c" for name in sources} <= names
-    assert {"selfupdate/ui/index.html", "selfupdate/ui/app.js", "selfupdate/ui/style.css"} <= names
     assert "selfupdate/openapi.json" in names
+    assert {f"selfupdate/ui/{name}" for name in ("index.html", "app.js", "view.js", "style.css")} <= names
 
 
 def test_the_windows_program_is_a_launcher_with_the_same_archive(tmp_path: Path) -> None:

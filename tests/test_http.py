@@ -191,22 +191,27 @@ def test_who_may_ask_what(
 def test_the_page(start: Callable[..., Service], tmp_path: Path, tool: Callable[[str], str]) -> None:
     """It loads nothing from elsewhere, runs no script but its own, and makes no HTML of what programs say."""
     service = start()
-    page, script, style = (service.ask("GET", path) for path in ("/", "/app.js", "/style.css"))
-    types = [answer.headers["Content-Type"] for answer in (page, script, style)]
-    assert types == ["text/html; charset=utf-8", "text/javascript; charset=utf-8", "text/css; charset=utf-8"]
-    for answer in (page, script, style):
+    page, style, *scripts = (service.ask("GET", path) for path in ("/", "/style.css", "/app.js", "/view.js"))
+    kinds = ["text/html", "text/css", "text/javascript", "text/javascript"]
+    assert [answer.headers["Content-Type"] for answer in (page, style, *scripts)] == [
+        f"{kind}; charset=utf-8" for kind in kinds
+    ]
+    for answer in (page, style, *scripts):
         assert answer.status == 200
         assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    for answer in (style, *scripts):
         assert re.findall(rb"https?://|url\(|@import", answer.body) == []
+    assert set(re.findall(rb'(?:src|href)="(.)', page.body)) == {b"/"}
     assert re.findall(rb" on[a-z]+=|<style|style=", page.body) == []
-    assert (
-        re.findall(rb"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|setTimeout\(['\"]", script.body) == []
-    )
-    (tmp_path / "app.js").write_bytes(script.body)
-    subprocess.run([tool("node"), "--check", tmp_path / "app.js"], check=True)
-    used = set(re.findall(r'at\("([a-z-]+)"\)', script.body.decode()))
-    assert used <= set(re.findall(r'id="([a-z-]+)"', page.body.decode()))
+    for script in scripts:
+        makes_html = rb"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|setTimeout\(['\"]|[sS]etHTML"
+        assert re.findall(makes_html, script.body) == []
+        (tmp_path / "script.mjs").write_bytes(script.body)
+        subprocess.run([tool("node"), "--check", tmp_path / "script.mjs"], check=True)
+        used = set(re.findall(r'at\("([a-z-]+)"\)', script.body.decode()))
+        assert used
+        assert used <= set(re.findall(r'id="([a-z-]+)"', page.body.decode()))
 
 
 def test_log_lines_are_json_and_survive_hostile_words(start: Callable[..., Service]) -> None:

@@ -723,7 +723,18 @@ def test_what_it_says_on_standard_error(scene: Scene) -> None:
     assert "\\x1b[31m</" in reason
 
 
-_ROUTES = ("/", "/app.js", "/icon.svg", "/style.css", "/version", "/healthz", "/status", "/candidates", "/upgrades")
+_ROUTES = (
+    "/",
+    "/app.js",
+    "/icon.svg",
+    "/style.css",
+    "/view.js",
+    "/version",
+    "/healthz",
+    "/status",
+    "/candidates",
+    "/upgrades",
+)
 
 
 def _begun(address: tuple[str, int], request: str) -> socket.socket:

@@ -708,7 +708,17 @@ _SAFE = {
     [
         *(
             (f"GET {path}", 200)
-            for path in ("/", "/app.js", "/style.css", "/version", "/healthz", "/status", "/candidates", "/upgrades")
+            for path in (
+                "/",
+                "/app.js",
+                "/style.css",
+                "/view.js",
+                "/version",
+                "/healthz",
+                "/status",
+                "/candidates",
+                "/upgrades",
+            )
         ),
         ("GET /nothing", 404),
         ("PUT /upgrade", 405),
