@@ -102,7 +102,7 @@ def figure(pytestconfig: pytest.Config) -> Callable[[str], None]:
     return pytestconfig.stash.setdefault(_FIGURES, []).append
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tool() -> Callable[[str], str]:
     """Find a program that the tests use: where `CI` is set, a missing one fails the test."""
 
