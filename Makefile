@@ -7,7 +7,7 @@ ARGS ?=
 venv := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-windows candidate run lint format test test-quick test-all fuzz soak diagram lock clean
+.PHONY: help build build-windows candidate run lint format test test-quick test-all fuzz soak diagram screenshots lock clean
 
 help: ## show this text
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | while IFS="$$(printf '\t')" read -r name text; do \
@@ -58,6 +58,9 @@ soak: .venv/dev.stamp ## 200 upgrades in a row, and a table of what they cost
 
 diagram: .venv/dev.stamp ## draw README's state diagram anew from the transition table
 	@PYTHONPATH=. $(venv) tests/diagram.py
+
+screenshots: .venv/dev.stamp ## take README.png, an upgrade under way, and pictures of each state into dist/screenshots
+	@PYTHONPATH=.:.ci:tests $(venv) tests/screenshots.py
 
 lock: .venv/dev.stamp ## pin the newest tools that pyproject.toml allows
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --upgrade --no-annotate --group build -o .ci/build.lock
