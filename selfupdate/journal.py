@@ -51,6 +51,9 @@ KEPT = 500
 ROTATED_AT = 1024 * 1024
 """Bytes of the file below which it is never written anew."""
 
+LAST_SEQ = 2**53 - 1
+"""The greatest sequence number: JSON's numbers are whole up to there, wherever they are read (RFC 8259, section 6)."""
+
 
 def now() -> str:
     """Return the time of day as RFC 3339 in UTC, to the millisecond."""
@@ -143,7 +146,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Record:
-        """Return the record that `as_json` gave; raises KeyError, TypeError or VersionError on anything else."""
+        """Return the record that `as_json` gave; raises KeyError, TypeError, ValueError or VersionError on all else."""
         timeline = tuple(map(_entry, value["timeline"]))
         keys = tuple(map(str, value.get("signer_keys", ())))
         fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
@@ -155,14 +158,20 @@ class Record:
         for version in (record.from_version, record.to_version):
             if version is not None:
                 parse_version(version)
+        for time_of_day in (record.started_at, record.ended_at, *(entry.at for entry in timeline)):
+            if time_of_day is not None and datetime.fromisoformat(time_of_day).tzinfo is None:
+                raise ValueError(time_of_day)
         return record
 
 
 def _entry(value: dict[str, Any]) -> Entry:
+    phase, at = str(value["phase"]), str(value["at"])  # a TypeError where it is no object
     seq = value.get("seq", 0)
     if not isinstance(seq, int):
         raise TypeError("seq")
-    return Entry(str(value["phase"]), str(value["at"]), seq)
+    if not 0 <= seq <= LAST_SEQ:
+        raise ValueError(seq)
+    return Entry(phase, at, seq)
 
 
 # The types of what a record holds; what is a tuple was made one above.

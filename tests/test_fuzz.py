@@ -19,6 +19,7 @@ import tempfile
 import tracemalloc
 import types
 from collections import deque
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
@@ -549,15 +550,16 @@ json_values: st.SearchStrategy[Any] = st.recursive(
     max_leaves=4,
 )
 NESTED = b"[" * 20_000
+THEN = "2026-07-14T09:30:00.000Z"
 whole_records = st.builds(
     Record,
     id=st.sampled_from(("1", "2", "3")),
     from_version=st.sampled_from(("1.0.0", "2.0.0-rc.1")),
     phase=st.just("RUNNING"),
-    started_at=st.text(max_size=3),
+    started_at=st.datetimes(timezones=st.just(UTC)).map(datetime.isoformat),
     to_version=st.sampled_from((None, "1.0.0", "2.0.0-rc.1")),
     outcome=st.sampled_from((None, "committed", "aborted")),
-    timeline=st.just((Entry("CHOOSING", "now"),)),
+    timeline=st.just((Entry("CHOOSING", THEN),)),
     signer_keys=st.just(("SHA256:x",)),
 )
 
@@ -566,7 +568,7 @@ def line_of_record(record: Record, **changes: Any) -> bytes:
     return json.dumps({**record.as_json(), **changes}).encode()
 
 
-FOREIGN = Record("foreign", "1.0.0", "RUNNING", "now", timeline=(Entry("CHOOSING", "now"),))
+FOREIGN = Record("foreign", "1.0.0", "RUNNING", THEN, timeline=(Entry("CHOOSING", THEN),))
 broken_lines = (
     st.builds(
         lambda name, value: line_of_record(FOREIGN, **{name: value}),
@@ -598,7 +600,7 @@ def test_journals(entries: list[Record | bytes], tail: bytes) -> None:
         for record in records:
             assert all(fits(getattr(record, name), hint) for name, hint in get_type_hints(Record).items()), record
         with path.open("ab") as file:
-            file.write(line_of_record(Record("4", "1.0.0", "RUNNING", "now")) + b"\n")
+            file.write(line_of_record(Record("4", "1.0.0", "RUNNING", THEN)) + b"\n")
         again = Journal(path)
         again.read()
         assert [record.id for record in again.records()] == ["4", *(record.id for record in records)]

@@ -13,10 +13,12 @@ import pytest
 from service import PATIENCE
 
 from selfupdate.errors import UpgradeError
-from selfupdate.journal import KEPT, ROTATED_AT, Entry, Journal, Record
+from selfupdate.journal import KEPT, LAST_SEQ, ROTATED_AT, Entry, Journal, Record
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+THEN = "2026-07-14T09:30:00.000Z"
 
 
 def test_a_record_grows_with_its_upgrade(tmp_path: Path) -> None:
@@ -26,7 +28,7 @@ def test_a_record_grows_with_its_upgrade(tmp_path: Path) -> None:
     assert journal.current() == record
     journal.change(record.id, "STAGING", to_version="1.1.0", name="a", sha256="00")
     journal.change(record.id, reason="because")
-    ended = journal.change(record.id, "RUNNING", outcome="aborted", ended_at="then")
+    ended = journal.change(record.id, "RUNNING", outcome="aborted", ended_at=THEN)
     assert journal.current() is None
     assert journal.get(record.id) == ended
     assert [phase for phase, _, _ in ended.timeline] == ["CHOOSING", "STAGING", "RUNNING"]
@@ -36,9 +38,39 @@ def test_a_record_grows_with_its_upgrade(tmp_path: Path) -> None:
 
 def test_a_record_survives_the_way_to_another_process() -> None:
     """What JSON gives back is the same record."""
-    timeline = (Entry("CHOOSING", "a", 1), Entry("PROBING", "b", 2))
-    record = Record("1", "1.0.0", "PROBING", "now", to_version="2.0.0", timeline=timeline)
+    timeline = (Entry("CHOOSING", THEN, 1), Entry("PROBING", THEN, 2))
+    record = Record("1", "1.0.0", "PROBING", THEN, to_version="2.0.0", timeline=timeline)
     assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
+
+
+@pytest.mark.parametrize("text", ["yesterday", "", "2026-07-14T09:30:00.000"])
+@pytest.mark.parametrize("place", ["started_at", "ended_at", "timeline"])
+def test_a_line_with_a_time_that_is_none_is_passed_over(tmp_path: Path, place: str, text: str) -> None:
+    """Nor is one without its zone a time: nobody can say how long it is since another."""
+    value: object = [{"phase": "CHOOSING", "at": text, "seq": 1}] if place == "timeline" else text
+    assert not read_with(tmp_path / "journal", **{place: value})
+
+
+@pytest.mark.parametrize("entry", [None, 1, "CHOOSING", ["CHOOSING"], {}, {"phase": "CHOOSING"}])
+def test_a_line_with_a_step_that_is_none_is_passed_over(tmp_path: Path, entry: object) -> None:
+    """Whatever is in its place: a service that has a history starts."""
+    assert not read_with(tmp_path / "journal", timeline=[entry])
+
+
+@pytest.mark.parametrize("seq", [-1, LAST_SEQ + 1, 10**30, 1.5, "1", None])
+def test_a_line_with_a_number_that_no_listener_can_come_back_with_is_passed_over(tmp_path: Path, seq: object) -> None:
+    """Each that follows would be greater still; the greatest is read."""
+    assert not read_with(tmp_path / "journal", timeline=[{"phase": "CHOOSING", "at": THEN, "seq": seq}])
+    assert read_with(tmp_path / "journal", timeline=[{"phase": "CHOOSING", "at": THEN, "seq": LAST_SEQ}])
+
+
+def read_with(path: Path, **changes: object) -> list[Record]:
+    """Return what is read of a journal with one line, which was changed by hand."""
+    record = Record("1", "1.0.0", "RUNNING", THEN, outcome="aborted", ended_at=THEN, timeline=(Entry("RUNNING", THEN),))
+    path.write_text(json.dumps({**record.as_json(), **changes}) + "\n", encoding="utf-8")
+    journal = Journal(path)
+    journal.read()
+    return journal.records()
 
 
 def test_who_ends_an_upgrade_hears_of_it_once(tmp_path: Path) -> None:
