@@ -203,6 +203,7 @@ class Journal:
         self._records: dict[str, Record] = {}
         self._followers: list[Callable[[Record], None]] = []
         self._last_seq = 0
+        """The last sequence number that was given."""
         self._ended: list[Record] = []
         self._on_end: Callable[[Record], None] = self._ended.append
 
@@ -295,8 +296,12 @@ class Journal:
 
     @property
     def last_seq(self) -> int:
-        """The sequence number of the last step that is known; 0 before the first."""
-        return self._last_seq
+        """The sequence number of the last step that was taken in; 0 before the first.
+
+        One whose line is on its way to the disk has its number, and is not taken in yet.
+        """
+        with self._changed:
+            return max(map(_last_seq, self._records.values()), default=0)
 
     def after(self, seq: int) -> list[tuple[Record, Entry]]:
         """Return each step behind the one with the number `seq`, in order, with its record as it is now."""

@@ -307,3 +307,21 @@ def test_what_is_told_at_once_has_a_bound(tmp_path: Path) -> None:
     while told[-1]:
         told.append(listener.more())
     assert [text.count(b"event: phase") for text in told] == [0, 16, 16, 8, 0]
+
+
+def test_a_step_that_is_being_written_is_told_to_whoever_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its number already; one who takes that for told would never hear of it."""
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    record = journal.begin("1.0.0", "CHOOSING")
+    feed = Feed(journal, Lifecycle(Phase.RUNNING), lambda: {"phase": "RUNNING"}, lambda: None, 1)
+    coming = []
+    with monkeypatch.context() as slow:
+        slow.setattr(os, "fsync", lambda _: coming.append(feed.open(None)))
+        journal.change(record.id, "STAGING")
+    (listener,) = coming
+    assert listener is not None
+    assert listener.more().startswith(b"event: status\nid: %d\n" % record.timeline[0].seq)
+    assert b'"phase": "STAGING"' in listener.more()
