@@ -52,7 +52,6 @@ class Feed:
 
     def open(self, last_seq: int | None) -> Listener | None:
         """Return a new listener, which is told what came behind the step `last_seq`; None where there are too many."""
-        self.status = self._see()
         listener = Listener(self, last_seq)
         with self._lock:
             if len(self._listeners) >= self._limit:
@@ -61,6 +60,12 @@ class Feed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="events", daemon=True)
                 self._thread.start()
+        try:
+            self.status = self._see()  # not before it is one of those for whom news are seen
+        except BaseException:
+            self.close(listener)
+            raise
+        self._news.set()  # this may have begun before, and ended after, somebody else saw what is newer
         return listener
 
     def close(self, listener: Listener) -> None:

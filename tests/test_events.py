@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from service import PATIENCE, resident
 
 from selfupdate.events import Feed
 from selfupdate.journal import Journal
+from selfupdate.lifecycle import Event as Change
 from selfupdate.lifecycle import Lifecycle, Phase
 
 if TYPE_CHECKING:
@@ -325,3 +327,23 @@ def test_a_step_that_is_being_written_is_told_to_whoever_comes_meanwhile(
     assert listener is not None
     assert listener.more().startswith(b"event: status\nid: %d\n" % record.timeline[0].seq)
     assert b'"phase": "STAGING"' in listener.more()
+
+
+def test_what_changes_while_somebody_begins_to_listen_is_told(tmp_path: Path) -> None:
+    """The status that is told first was seen before; nothing else would tell that it is another since."""
+    lifecycle = Lifecycle(Phase.CHOOSING)
+    woken = threading.Event()
+
+    def see() -> dict[str, Any]:
+        seen = lifecycle.phase
+        if seen is Phase.CHOOSING:
+            lifecycle.step(Change.UP_TO_DATE)
+        return {"phase": seen}
+
+    listener = Feed(Journal(tmp_path / "journal"), lifecycle, see, woken.set, 1).open(None)
+    assert listener is not None
+    told = listener.more()
+    while b"RUNNING" not in told:
+        assert woken.wait(PATIENCE)
+        woken.clear()
+        told += listener.more()
