@@ -120,10 +120,10 @@ class Listener:
         self._feed.close(self)
 
     def _tell_record(self, record: Record | None) -> bytes:
-        """Tell what has changed in a record without a step."""
-        if record is None or record is self._record:
+        """Tell what has changed in a record without a step; nothing, where another is the newest by now."""
+        before, self._record = self._record, record
+        if record is None or before is None or record.id != before.id or record == before:
             return b""
-        self._record = record
         return _event("record", record.as_json())
 
     def _tell_status(self, seq: int | None = None) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -347,3 +349,22 @@ def test_what_changes_while_somebody_begins_to_listen_is_told(tmp_path: Path) ->
         assert woken.wait(PATIENCE)
         woken.clear()
         told += listener.more()
+
+
+def test_a_record_is_told_when_it_has_changed_and_only_then(tmp_path: Path) -> None:
+    """Not one that is said again as it was, nor the one before an upgrade that turned out to be none."""
+    journal = Journal(tmp_path / "journal")
+    record = journal.begin("1.0.0", "CHOOSING")
+    journal.change(record.id, "RUNNING", outcome="aborted")
+    feed = Feed(journal, Lifecycle(Phase.RUNNING), lambda: {"phase": "RUNNING"}, lambda: None, 1)
+    listener = feed.open(None)
+    assert listener is not None
+    assert listener.more().startswith(b"event: status\n")
+    changed = journal.change(record.id, reason="because")
+    assert listener.more() == b"event: record\ndata: %s\n\n" % json.dumps(changed.as_json()).encode()
+    journal.put(replace(changed))
+    assert listener.more() == b""
+    none = journal.begin("1.0.0", "CHOOSING")
+    assert listener.more().startswith(b"event: phase\n")
+    journal.discard(none.id)
+    assert listener.more() == b""
