@@ -94,7 +94,8 @@ class Listener:
         self._feed = feed
         known = feed.journal.last_seq
         self._cursor = known if last_seq is None else min(last_seq, known)
-        self._record = feed.journal.newest()
+        self._record = feed.journal.newest() if last_seq is None else None
+        """As it was told last; None where that is not known, since another process may have told it."""
         self._status: dict[str, Any] = {}
 
     def more(self) -> bytes:
@@ -122,7 +123,7 @@ class Listener:
     def _tell_record(self, record: Record | None) -> bytes:
         """Tell what has changed in a record without a step; nothing, where another is the newest by now."""
         before, self._record = self._record, record
-        if record is None or before is None or record.id != before.id or record == before:
+        if record is None or (before is not None and (record.id != before.id or record == before)):
             return b""
         return _event("record", record.as_json())
 

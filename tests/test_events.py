@@ -368,3 +368,16 @@ def test_a_record_is_told_when_it_has_changed_and_only_then(tmp_path: Path) -> N
     assert listener.more().startswith(b"event: phase\n")
     journal.discard(none.id)
     assert listener.more() == b""
+
+
+def test_whoever_comes_back_is_told_what_became_of_the_last_upgrade(tmp_path: Path) -> None:
+    """When it ended without a step, too: the process was killed in the middle of it, and started again."""
+    journal = Journal(tmp_path / "journal")
+    record = journal.begin("1.0.0", "CHOOSING")
+    feed = Feed(journal, Lifecycle(Phase.RUNNING), lambda: {"phase": "RUNNING"}, lambda: None, 1)
+    ended = journal.conclude(record.id, outcome="interrupted")
+    listener = feed.open(record.timeline[0].seq)
+    assert listener is not None
+    assert listener.more().startswith(b"event: status\n")
+    assert listener.more() == b"event: record\ndata: %s\n\n" % json.dumps(ended.as_json()).encode()
+    assert listener.more() == b""
