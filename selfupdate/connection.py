@@ -351,12 +351,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return False
 
     def beat(self) -> bool:
-        """Give a sign of life; tell whether the client has taken anything since the last one. Raises OSError."""
+        """Have a sign of life to say where nothing else waits; tell whether the client has taken any since the last."""
         is_well = self._has_taken or not self._unsent
         self._has_taken = False
-        if not self._unsent:
-            self._unsent = SIGN_OF_LIFE
-            self._send_some()
+        self._unsent = self._unsent or SIGN_OF_LIFE
         return is_well
 
     def end_stream(self) -> None:

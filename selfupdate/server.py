@@ -492,11 +492,9 @@ class Server:
     def _give_signs_of_life(self, now: float) -> None:
         """Show each client that it is still served, and leave those that take nothing."""
         for connection in tuple(self._streams):
-            try:
-                is_well = connection.beat()
-            except OSError:
-                is_well = False
-            if not is_well:
+            if connection.beat():
+                self._advance(connection)
+            else:
                 self._drop_stream(connection)
         self._next_sign_of_life = now + self.limits.sign_of_life_interval if self._streams else None
 
