@@ -356,6 +356,17 @@ def test_where_there_are_no_events(start: Callable[..., Service], programs: Prog
         expect(last_entry(page)).to_contain_text("committed")
 
 
+def test_a_history_that_could_not_be_read_at_once(start: Callable[..., Service], browser: Browser) -> None:
+    """It is asked for again; without it there is nothing that the page could show."""
+    service = start(*QUICK)
+    with browser.visit("about:blank", but=("ERR_FAILED",)) as page:
+        page.route("**/upgrades?*", lambda route: route.abort(), times=1)
+        page.goto(url(service))
+        expect(page.locator("#version")).to_have_text("1.0.0")
+        expect(page.locator("#history")).to_have_text("No upgrade so far.")
+        expect(page.locator("#link")).to_have_text("Live")
+
+
 def test_a_program_that_does_not_know_the_page_takes_over(start: Callable[..., Service], browser: Browser) -> None:
     """The page says so, and which version that is, and offers nothing."""
     service = start(*QUICK)

@@ -104,7 +104,7 @@ const polls = { timer: null, isAsking: false, pause: SOON, seen: "" };
 function listen() {
   const source = new EventSource("/events");
   stream.source = source;
-  source.addEventListener("open", () => readHistory().catch(() => {}), { once: true });
+  source.addEventListener("open", () => readHistory().catch(() => stream.source === source && leave(0)), { once: true });
   source.addEventListener("open", () => {
     clearTimeout(stream.lost);
     clearTimeout(polls.timer);
