@@ -187,6 +187,8 @@ class Trust:
                 self._last = self.read()
             except TrustError as error:
                 self._last = error
+            except StopRequestedError:  # a service that ends says how things stand until it has ended
+                pass
             finally:
                 self._glancing.release()
         return self._last

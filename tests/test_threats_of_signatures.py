@@ -23,7 +23,7 @@ from programs import Programs, fake, write_program
 from service import PATIENCE, Service
 
 from selfupdate import posix, settings, verifier
-from selfupdate.errors import CandidateError, NotEligibleError, TrustError
+from selfupdate.errors import CandidateError, NotEligibleError, StopRequestedError, TrustError
 from selfupdate.trust import Trust
 
 if TYPE_CHECKING:
@@ -292,6 +292,22 @@ def test_a_revocation_list_that_cannot_be_read(site: Site, ssh: SshKeys, fault: 
         write(site.revoked, content)
     code = "trust-permissions" if fault == "directory" else "revocation-unreadable"
     site.assert_off(code, "-revoked-keys", str(site.revoked))
+
+
+def test_how_things_stand_is_told_while_the_service_stops(site: Site, ssh: SshKeys) -> None:
+    """As it was known last, since no verifier runs any more; whoever looks by itself is not ended by that."""
+    write(site.revoked, ssh.krl(ssh.key("mallory")))
+    stop_out, stop_in = socket.socketpair()
+    with stop_out, stop_in:
+        site.stop_fd = stop_out.fileno()
+        trust = site.trust("-revoked-keys", str(site.revoked))
+        before = trust.as_json(None)
+        assert (before["scheme"], before["code"]) == ("ssh", None)
+        stop_in.send(b"\0")
+        write(site.revoked, ssh.krl(ssh.key("mallory"), ssh.key("bob")))
+        with pytest.raises(StopRequestedError):
+            trust.read()
+        assert trust.as_json(None) == before
 
 
 @pytest.mark.parametrize("form", ["krl", "text", "removed"])
