@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class Listener:
         """Tell what came behind the step `last_seq`, or, without it, what comes from now on."""
         self._feed = feed
         known = feed.journal.last_seq
-        self._cursor = known if last_seq is None else min(last_seq, known)
+        # What comes from now on has a greater number than the time (`Journal`). A process that has just taken over may
+        # not know a step yet that its predecessor told; a number from the future is one of a history that is lost.
+        self._cursor = known if last_seq is None else min(last_seq, max(known, time.time_ns() // 1_000_000 - 1))
         self._record = feed.journal.newest() if last_seq is None else None
         """As it was told last; None where that is not known, since another process may have told it."""
         self._status: dict[str, Any] = {}

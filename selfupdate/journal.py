@@ -197,8 +197,10 @@ class Journal:
         self._fd = _NOT_OURS
         self._size = 0
         self._rotated_at = ROTATED_AT
-        # Writing waits for the disk, and reading must not wait for writing: two locks, always in this order.
+        # Writing waits for the disk, telling for whoever is told, and reading must wait for neither: three locks,
+        # always in this order.
         self._writing = threading.Lock()
+        self._telling = threading.Lock()
         self._changed = threading.Condition()
         self._records: dict[str, Record] = {}
         self._followers: list[Callable[[Record], None]] = []
@@ -265,12 +267,14 @@ class Journal:
 
     def put(self, record: Record) -> Record:
         """Take in a record as it is, in memory alone."""
-        with self._changed:
-            _keep(self._records, record)
-            self._last_seq = max(self._last_seq, _last_seq(record))
-            for follower in self._followers:
+        with self._telling:
+            with self._changed:
+                _keep(self._records, record)
+                self._last_seq = max(self._last_seq, _last_seq(record))
+                self._changed.notify_all()
+                followers = tuple(self._followers)
+            for follower in followers:
                 follower(record)
-            self._changed.notify_all()
         return record
 
     def discard(self, upgrade_id: str) -> None:
@@ -355,7 +359,7 @@ class Journal:
 
     def unfollow(self, follower: Callable[[Record], None]) -> None:
         """Call `follower` no more."""
-        with self._changed:
+        with self._telling, self._changed:
             if follower in self._followers:
                 self._followers.remove(follower)
 
@@ -374,7 +378,7 @@ class Journal:
         with self._changed:
             if record.outcome is not None and self._records[record.id].outcome is None:
                 self._on_end(record)
-            return self.put(record)
+        return self.put(record)
 
     def _changed_record(self, upgrade_id: str, phase: str | None, fields: dict[str, Any]) -> Record:
         with self._changed:

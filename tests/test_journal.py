@@ -272,3 +272,26 @@ def test_a_note_is_kept_in_memory_alone_and_only_while_an_upgrade_is_under_way(t
     ended = journal.change(record.id, "RUNNING", outcome="aborted")
     journal.note(log="too late")
     assert journal.get(record.id) == ended
+
+
+def test_whoever_reads_waits_for_nobody_who_is_told(tmp_path: Path) -> None:
+    """One who is told may take a second to listen, and the service answers meanwhile."""
+    journal = Journal(tmp_path / "journal")
+    first = journal.begin("1.0.0", "CHOOSING")
+    told, gate = threading.Event(), threading.Event()
+
+    def listen(_: Record) -> None:
+        told.set()
+        assert gate.wait(PATIENCE)
+
+    journal.follow(listen)
+    changing = threading.Thread(target=journal.change, args=(first.id, "STAGING"))
+    changing.start()
+    assert told.wait(PATIENCE)
+    reading = threading.Thread(target=lambda: (journal.newest(), journal.after(0), journal.records()))
+    reading.start()
+    reading.join(PATIENCE)
+    has_waited = reading.is_alive()
+    gate.set()
+    changing.join(PATIENCE)
+    assert not has_waited
