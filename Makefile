@@ -7,7 +7,7 @@ ARGS ?=
 venv := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-windows candidate run lint format test test-quick test-all fuzz soak diagram screenshots lock clean
+.PHONY: help build build-windows candidate run lint format test test-quick test-all fuzz soak bench diagram screenshots lock clean
 
 help: ## show this text
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sort | while IFS="$$(printf '\t')" read -r name text; do \
@@ -56,6 +56,9 @@ fuzz: .venv/dev.stamp ## look for input that does harm, with random seeds, for S
 soak: .venv/dev.stamp ## 200 upgrades in a row, and a table of what they cost
 	@PYTHONPATH=.:.ci:tests $(venv) tests/soak.py
 
+bench: .venv/dev.stamp .venv/bench.stamp ## measure this service beside its peers; ARGS='handover --quick', ARGS=--help
+	@PYTHONPATH=.:.ci:tests $(venv) -m bench $(ARGS)
+
 diagram: .venv/dev.stamp ## draw README's state diagram anew from the transition table
 	@PYTHONPATH=. $(venv) tests/diagram.py
 
@@ -65,6 +68,7 @@ screenshots: .venv/dev.stamp ## take README.png, an upgrade under way, and pictu
 lock: .venv/dev.stamp ## pin the newest tools that pyproject.toml allows
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --upgrade --no-annotate --group build -o .ci/build.lock
 	@.venv/bin/uv pip compile -q --universal --generate-hashes --upgrade --no-annotate --group dev -o .ci/dev.lock
+	@.venv/bin/uv pip compile -q --universal --generate-hashes --upgrade --no-annotate --group bench -o .ci/bench.lock
 
 clean: ## remove all that was made, and keep upgrades/
 	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
