@@ -25,16 +25,24 @@ import packaging
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "selfupdate"
+OF_PACKAGING = ("__init__", "_ranges", "_structures", "ranges", "specifiers", "version")
+"""What the two of its modules that are used import: the directory of an archive is read at each start."""
 VERSION_FILE = "selfupdate/__init__.py"
 
 # -I and -S: neither the environment nor installed packages can put a module in front of ours.
 SHEBANG = b"#!/usr/bin/env -S python3 -IS\n"
 WINDOWS_SHEBANG = b"#!python.exe -IS\r\n"
 
-MAIN = b"""\
-from selfupdate.__main__ import main
+# The version stands in the program that is executed first: every candidate is asked for it, and imports nothing.
+_MAIN = """\
+import sys
 
-main()
+if sys.argv[1:] in (["-version"], ["--version"]):
+    print("%s")
+else:
+    from selfupdate.__main__ import main
+
+    main()
 """
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip can hold
@@ -63,6 +71,11 @@ def build(target: Path, version: str | None = None, *, windows: bool = False) ->
     partial.replace(target)
 
 
+def main_of(version: str) -> bytes:
+    """Return what is executed first in the program of `version`."""
+    return (_MAIN % version).encode()
+
+
 def source_version() -> str:
     """Return the version that the source has."""
     match = _VERSION.search((ROOT / VERSION_FILE).read_bytes())
@@ -73,12 +86,10 @@ def source_version() -> str:
 @functools.cache
 def _sources() -> dict[str, bytes]:
     """Return every file of the program by its name in the archive."""
-    files = {"__main__.py": MAIN}
     library = Path(packaging.__file__).parent
-    for root in (PACKAGE, library):
-        for path in sorted(root.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.name != "py.typed":
-                files[path.relative_to(root.parent).as_posix()] = path.read_bytes()
+    own = (path for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts and path.name != "py.typed")
+    files = {path.relative_to(PACKAGE.parent).as_posix(): path.read_bytes() for path in own if path.is_file()}
+    files |= {f"packaging/{name}.py": (library / f"{name}.py").read_bytes() for name in OF_PACKAGING}
     for licence in importlib.metadata.files("packaging") or []:
         if licence.name.startswith("LICENSE"):
             files[licence.as_posix()] = licence.read_binary()
@@ -97,17 +108,20 @@ def _compiled(names_and_sources: tuple[tuple[str, bytes], ...]) -> dict[str, byt
 
 def _archive(version: str | None) -> bytes:
     files = dict(_sources())
-    unchanged = tuple((name, source) for name, source in files.items() if name.endswith(".py") and name != VERSION_FILE)
+    version_file = files.pop(VERSION_FILE)
     if version is not None:
-        files[VERSION_FILE] = _VERSION.sub(b'__version__ = "%s"' % version.encode(), files[VERSION_FILE])
-    files |= _compiled(unchanged) | _compiled(((VERSION_FILE, files[VERSION_FILE]),))
+        version_file = _VERSION.sub(b'__version__ = "%s"' % version.encode(), version_file)
+    versioned = {VERSION_FILE: version_file, "__main__.py": main_of(version or source_version())}
+    files |= _compiled(tuple((name, source) for name, source in files.items() if name.endswith(".py")))
+    files |= versioned | _compiled(tuple(versioned.items()))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.create_system = 3  # Unix, wherever it is built
             entry.external_attr = 0o100644 << 16
-            entry.compress_type = zipfile.ZIP_DEFLATED
+            # What is read at each start is not inflated each time.
+            entry.compress_type = zipfile.ZIP_STORED if name.endswith(".pyc") else zipfile.ZIP_DEFLATED
             archive.writestr(entry, files[name], compresslevel=9)
     return buffer.getvalue()
 

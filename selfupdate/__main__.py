@@ -12,7 +12,7 @@ def main() -> None:
     if sys.argv[1:] in (["-version"], ["--version"]):
         print(__version__)
         return
-    from selfupdate.service import run  # noqa: PLC0415 - see above
+    from selfupdate.service import run
 
     status = run(sys.argv[1:])
     try:

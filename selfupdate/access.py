@@ -7,6 +7,7 @@ its token; and only then does anything act.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 _FAILURES = 10
 """Wrong tokens in a minute that are answered by 401, and logged; more get 429."""
+_LONGEST_ADDRESS = 64
+"""Characters of an address of IPv6 with its brackets and a zone."""
+_PORT = re.compile(":[0-9]*$")
 _TOKEN = re.compile("[!-~]{16,512}")
 _MAX_FILE = 4096
 
@@ -42,11 +46,16 @@ def goes_by(host: str | None, names: Collection[str]) -> bool:
     """
     if host is None:
         return True
-    name = re.sub(":[0-9]*$", "", host.lower())
-    if name in {"localhost", *names}:
+    name = _PORT.sub("", host.lower())
+    if name == "localhost" or name in names:
         return bool(name)
+    return len(name) <= _LONGEST_ADDRESS and _is_ip_address(name)
+
+
+@functools.lru_cache(1024)
+def _is_ip_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(name[1:-1] if re.fullmatch(r"\[.*\]", name) else name)
+        ipaddress.ip_address(host[1:-1] if re.fullmatch(r"\[.*\]", host) else host)
     except ValueError:
         return False
     return True

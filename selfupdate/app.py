@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
 
-# The page is read at start: a running program must not depend on the file that it was started from.
+# All files are read at start: a running program must not depend on the one that it was started from.
+_CONTRACT = pkgutil.get_data("selfupdate", "openapi.json") or b""
 _PAGE = {
     path: (pkgutil.get_data("selfupdate", f"ui/{name}") or b"", content_type)
     for path, name, content_type in (
@@ -98,7 +99,6 @@ class App:
         """Answer for this process; count what the `server` answers, and wake it when streams have news."""
         self._program = program
         self._version = program.version
-        self._contract = _contract(program.version)
         self._generation = generation
         self._settings = settings
         self._lifecycle = lifecycle
@@ -112,7 +112,7 @@ class App:
         self._feed = events.Feed(journal, lifecycle, self._standing, server.advance_streams, settings.limits.listeners)
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
             "/version": ("GET", lambda _: json_response({"version": self._version})),
-            "/openapi.json": ("GET", lambda _: self._contract),
+            "/openapi.json": ("GET", self._contract),
             "/healthz": ("GET", lambda _: self.health()),
             "/status": ("GET", lambda _: json_response(self._standing())),
             "/events": ("GET", self._events),
@@ -262,6 +262,11 @@ class App:
             return problem(404, "There is no such upgrade; GET /upgrades lists all that are known.")
         return json_response(record.as_json())
 
+    def _contract(self, _: Request) -> Response:
+        document = json.loads(_CONTRACT)
+        document["info"]["version"] = self._version
+        return json_response(document)
+
     def _page(self, request: Request) -> Response:
         body, content_type = _PAGE[request.path]
         if request.path == "/":
@@ -276,13 +281,6 @@ class App:
             where = f"/upgrades/{error.upgrade_id}"
             return refusal(status, error, {"id": error.upgrade_id}, Location=where)
         return refusal(status, error)
-
-
-def _contract(version: str) -> Response:
-    """Return the answer to `GET /openapi.json`, in the running version; read at start, as the page is."""
-    document = json.loads(pkgutil.get_data("selfupdate", "openapi.json") or b"")
-    document["info"]["version"] = version
-    return json_response(document)
 
 
 def _not_found(_: Request) -> Response:

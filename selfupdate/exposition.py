@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LABEL = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
-_SERIES = re.compile(rf"([a-z_]+)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?")
-_BUCKET = re.compile(r'(?:(.*),)?le="(\+Inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"')
+_SERIES = rf"([a-z_]+)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?"
+_BUCKET = r'(?:(.*),)?le="(\+Inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"'
 _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
@@ -48,7 +48,7 @@ def by_name(totals: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Return the numbers of each metric by the text of their labels; what is no series is passed over."""
     found: dict[str, dict[str, float]] = {}
     for key, number in totals.items():
-        if match := _SERIES.fullmatch(key):
+        if match := re.fullmatch(_SERIES, key):
             found.setdefault(match[1], {})[match[2] or ""] = number
     return found
 
@@ -107,7 +107,7 @@ class Histogram:
         """Return the lines of what was `counted`, by name, by whichever version with whichever bounds."""
         numbers: dict[str, list[float]] = {}
         for key, number in counted.get(f"{self.name}_bucket", {}).items():
-            if match := _BUCKET.fullmatch(key):
+            if match := re.fullmatch(_BUCKET, key):
                 buckets = numbers.setdefault(match[1] or "", [0.0] * len(self._texts))
                 buckets[bisect.bisect_left(self.bounds, float(match[2]))] += number
         sums = counted.get(f"{self.name}_sum", {})

@@ -8,7 +8,7 @@ process's own. Nothing that a client sends becomes a series: what is not known i
 
 from __future__ import annotations
 
-import platform
+import sys
 import time
 from datetime import datetime
 from itertools import pairwise, product
@@ -109,7 +109,7 @@ class Metrics:
 
     def _gauges(self) -> Iterator[str]:
         name = "selfupdate_build_info"
-        python = platform.python_version()
+        python = sys.version.split(maxsplit=1)[0]
         yield gauge(name, "The version that runs.", [(series(name, version=self._version, python=python), 1.0)])
         name, now = "selfupdate_phase", self._lifecycle.phase
         yield gauge(

@@ -19,7 +19,6 @@ from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
 from selfupdate.app import App
 from selfupdate.candidates import Scanner
-from selfupdate.client import Client
 from selfupdate.company import Company
 from selfupdate.counters import Counters
 from selfupdate.errors import (
@@ -40,11 +39,8 @@ from selfupdate.releases import Store
 from selfupdate.server import Server
 from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
-from selfupdate.terminal import Terminal
 from selfupdate.trust import Trust
-from selfupdate.unit import print_unit
 from selfupdate.upgrade import Upgrader
-from selfupdate.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,20 +73,30 @@ def _run(arguments: Sequence[str]) -> int:
     if given.help or given.version:
         print(settings.usage() if given.help else __version__)
         return 0
-    for command, is_asked_for in (
-        (Client.status, given.status),
-        (Client.apply, given.apply),
-        (Client.roll_back, given.rollback),
-    ):
-        if is_asked_for:
-            return command(Client(given, Terminal.of(sys.stdout, os.environ)))
+    if given.status or given.apply or given.rollback:
+        return _ask(given)
     if given.verify is not None:
+        from selfupdate.verify import verify
+
         settings.check(given)
         return verify(given, given.verify)
     if given.print_unit:
+        from selfupdate.unit import print_unit
+
         settings.check(given)
         return print_unit(given)
     return _Service(given).run()
+
+
+def _ask(given: Settings) -> int:
+    """Do what is to be asked of the service that runs."""
+    from selfupdate.client import Client
+    from selfupdate.terminal import Terminal
+
+    client = Client(given, Terminal.of(sys.stdout, os.environ))
+    if given.status:
+        return client.status()
+    return client.apply() if given.apply else client.roll_back()
 
 
 def _fail(status: int, error: SelfUpdateError) -> int:

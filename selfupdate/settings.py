@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate.errors import UsageError, VersionError
 from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
-from selfupdate.sshformat import is_namespace
+from selfupdate.signature import is_namespace
 from selfupdate.system import MOST_CONNECTIONS, STATE_HOME
 from selfupdate.versions import parse_specifiers
 

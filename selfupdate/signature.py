@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,14 @@ _KINDS = (
     (b"\xc2", "an OpenPGP signature"),
     (b"untrusted comment:", "a minisign or signify signature"),
 )
+
+
+_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9.@_-]{0,127}")
+
+
+def is_namespace(text: str) -> bool:
+    """Tell whether `text` can name what SSH signatures are for."""
+    return _NAMESPACE.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

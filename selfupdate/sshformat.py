@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from selfupdate.errors import TrustError
 from selfupdate.foreign import shown
-from selfupdate.signature import malformed
+from selfupdate.signature import is_namespace, malformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,6 @@ _LINE = re.compile(
     r"(?P<kind>[a-z0-9@.-]+)[ \t]+(?P<key>[A-Za-z0-9+/]+=*)(?:[ \t].*)?"
 )
 _OPTION = re.compile(r'([a-z-]+)(?:="([^"]*)")?(?:,|$)')
-_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9.@_-]{0,127}")
 _TIMES = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 
 # The fields of each kind of public key, its own name included, and which of them is the key, of how many bytes
@@ -50,11 +49,6 @@ _FIELDS = {
     "sk-ecdsa-sha2-nistp256@openssh.com": (4, 2, 65),
 }
 _LEAST_RSA_BITS = 3072
-
-
-def is_namespace(text: str) -> bool:
-    """Tell whether `text` can name what signatures are for."""
-    return _NAMESPACE.fullmatch(text) is not None
 
 
 def fingerprint(key: bytes) -> str:

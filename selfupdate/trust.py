@@ -24,9 +24,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from selfupdate import permissions, signature
 from selfupdate.errors import CandidateError, StopRequestedError, TrustError
-from selfupdate.openpgp import OpenPgpSignatures
-from selfupdate.sshsig import SshSignatures
-from selfupdate.verifier import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
     from selfupdate.releases import Copy, Store
     from selfupdate.settings import Settings
     from selfupdate.signature import Signer
+    from selfupdate.verifier import Verifier
 
 _log = logging.getLogger(__name__)
 
@@ -292,9 +290,13 @@ class Reading:
 
 def _scheme_of(settings: Settings, store: Store, stop_fd: int) -> Scheme | None:
     def verifier(name: str, package: str) -> Verifier:
+        from selfupdate.verifier import Verifier
+
         return Verifier(name, package, store.scratch, stop_fd, settings.limits.verify_time)
 
     if settings.allowed_signers is not None:
+        from selfupdate.sshsig import SshSignatures
+
         return SshSignatures(
             settings.allowed_signers,
             settings.revoked_keys,
@@ -303,6 +305,8 @@ def _scheme_of(settings: Settings, store: Store, stop_fd: int) -> Scheme | None:
             verifier("ssh-keygen", "openssh-client"),
         )
     if settings.keyring is not None:
+        from selfupdate.openpgp import OpenPgpSignatures
+
         signers: Sequence[str] = settings.signer or ()
         return OpenPgpSignatures(settings.keyring, signers, settings.signers_required, verifier("gpgv", "gpgv"))
     return None

@@ -13,14 +13,12 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion
-from packaging.version import Version as Pep440
-
 from selfupdate.errors import VersionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from packaging.specifiers import SpecifierSet
 
 MAX_LENGTH = 128
 """Characters of a version; more is refused before it is parsed."""
@@ -86,6 +84,9 @@ class Version:
 
         A pre-release that PEP 440 cannot read counts as the first pre-release of its release.
         """
+        from packaging.version import InvalidVersion
+        from packaging.version import Version as Pep440
+
         release = ".".join(map(str, self._release))
         try:
             version = Pep440(f"{release}-{'.'.join(self._pre)}" if self._pre else release)
@@ -122,6 +123,8 @@ def _parse_pep440(text: str) -> Version | None:
         return None
     if re.search(r"(?<![0-9])0[0-9]|[0-9]{19}", text):
         return None
+    from packaging.version import Version as Pep440
+
     parsed = Pep440(text)
     pre: tuple[str, ...] = ()
     if parsed.pre:
@@ -152,6 +155,8 @@ def parse_specifiers(text: str) -> SpecifierSet:
 
     Raises VersionError where `text` is not one (PEP 440, "Version specifiers").
     """
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
         if len(text) > MAX_LENGTH:
             raise InvalidSpecifier(text)

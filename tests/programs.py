@@ -37,7 +37,7 @@ class Programs:
             for entry in archive.infolist():
                 if entry.filename not in {"__main__.py", "__main__.pyc"}:
                     changed.writestr(entry, archive.read(entry))
-            changed.writestr("__main__.py", f"{fault}\n{build.MAIN.decode()}")
+            changed.writestr("__main__.py", f"{fault}\n{build.main_of(version).decode()}")
         return write_program(target, build.SHEBANG + content.getvalue())
 
 

@@ -106,7 +106,7 @@ def test_the_disk_is_full_when_the_program_is_installed(
     serve: Callable[..., Service], mount: Callable[..., Path], programs: Programs, tmp_path: Path
 ) -> None:
     """The upgrade goes through, the program on disk is whole, and the status says what a restart brings."""
-    home = mount("home", "size=1m")
+    home = mount("home", "size=2m")
     shutil.copy2(programs.version("1.0.0"), home / "self-update")
     (tmp_path / "self-update").symlink_to(home / "self-update")
     _fill(home, 1000)
