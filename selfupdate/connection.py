@@ -1,14 +1,13 @@
-"""One client's connection: collects requests, parses each on `http.server`'s parser, and writes its answer.
+"""One client's connection: collects requests, parses each, and writes its answer.
 
-In front of the parser, whatever makes the end of a request uncertain is refused
-(RFC 9112, section 6): two parties that see different ends see different requests.
+`http.server`'s parser is asked about request lines; what nearly all clients send is
+not worth asking. Its parser of fields is that of mail, and is not asked at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http
-import http.client
 import http.server
 import io
 import logging
@@ -19,6 +18,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Protocol
 
 from selfupdate import log
+from selfupdate.head import LONGEST_LINE, Fields, end_of, is_too_large, is_well_formed, length_of_body
 from selfupdate.messages import SAFETY_HEADERS, SIGN_OF_LIFE, Request, Response, problem
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MAX_LINE = 65536
 _MAX_TARGET = 2048
 _MAX_HEAD = 128 * 1024
 _CHUNK = 65536
@@ -61,23 +60,11 @@ class _FramingError(Exception):
         self.detail = detail
 
 
-# The end of a head, and what in it has no place there: control characters, a CR that ends no line, and a
-# line that goes on with white space. http.server's parser would take each for something else than others do.
-_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
-_NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")
-_FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*\r?\n)*\r?\n")
-_REQUEST_LINE = re.compile(rb"[A-Z]+ [!-~]+ HTTP/[1-9]\.[0-9]")
-_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$")
+_COMMON = re.compile(rb"(GET|HEAD|POST) (/(?!/)[!-~]*|/) HTTP/1\.1\r?\n")
+"""The first line of nearly all requests."""
+_NO_FIELDS = b"\r\n"
 _ID = re.compile(rb"\n(?i:x-request-id):[ \t]*([!-~]{1,128})[ \t]*\r?\n")
-_EXPECTS = re.compile(rb"(?im)^expect:[ \t]*100-continue")
-
-
-class _Fields(http.client.HTTPMessage):
-    """The fields of a head. Their parser is that of mail, and takes apart a body by its type, which it never sees."""
-
-    def get_content_type(self) -> str:
-        """Return a type that has no parts, whatever the field says."""
-        return "text/plain"
+_HEAD_OF_ANSWERS = "\r\n".join(("Server: self-update", *SAFETY_HEADERS))
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -87,7 +74,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    MessageClass = _Fields
 
     def __init__(self, connection: socket.socket, server: Service) -> None:
         """Serve the client of an accepted `connection`."""
@@ -95,6 +81,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.wfile = io.BytesIO()  # the parser itself writes nothing: see handle_expect_100 and send_error
         self._server = server
+        self._fields: Fields
         self._received = bytearray()
         self._has_ended = False
         self.stream: Stream | None = None
@@ -151,14 +138,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _end_of_request(self) -> float:
         """Return how many bytes the request has, as far as its head tells; more than any where it does not."""
-        end = _END_OF_HEAD.search(self._received)
+        end = end_of(self._received)
         if end is None:
             return float("inf")
-        head = self._received[: end.end()]
-        length = _LENGTH.search(head)
-        if length is None or int(length[1]) > self._server.limits.body_size or _EXPECTS.search(head):
-            return end.end()  # there is no body, it is refused, or it waits to be asked for
-        return end.end() + int(length[1])
+        return end + length_of_body(self._received[:end], self._server.limits.body_size)
 
     # A worker's part.
 
@@ -178,26 +161,40 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.command = self.path = self.request_version = ""
         self._began = time.monotonic()
-        end = _END_OF_HEAD.search(self._received)
-        head = bytes(self._received[: end.end()]) if end else b""
+        end = end_of(self._received)
+        head = bytes(self._received[:end]) if end else b""
         given = _ID.search(head)
         log.begin_request(given[1].decode() if given else "")
         if end is None:
             self._refuse_beginning()
             return
-        self.rfile = io.BytesIO(head)
-        self.raw_requestline = self.rfile.readline(_MAX_LINE + 1)
-        if len(self.raw_requestline) > _MAX_LINE:
+        self.raw_requestline = head[: head.index(b"\n") + 1]
+        if len(self.raw_requestline) > LONGEST_LINE:
             self.send_error(414)
-        elif (
-            _NOT_IN_A_HEAD.search(head)
-            or not _REQUEST_LINE.fullmatch(self.raw_requestline.rstrip(b"\r\n"))
-            or not _FIELDS.fullmatch(head, len(self.raw_requestline))
-        ):
+        elif is_too_large(head):
+            self.send_error(431)
+        elif not is_well_formed(head):
             self.send_error(400)
-        elif self.parse_request():
-            del self._received[: end.end()]
-            self._answer()
+        else:
+            self._fields = Fields(head)
+            if self.parse_request():
+                del self._received[:end]
+                self._answer()
+
+    def parse_request(self) -> bool:
+        """Take the request line apart, and tell whether it is one that is answered; else it has been refused."""
+        common = _COMMON.fullmatch(self.raw_requestline)
+        if common:
+            self.command, self.path, self.request_version = common[1].decode(), common[2].decode(), "HTTP/1.1"
+        else:
+            self.rfile = io.BytesIO(_NO_FIELDS)
+            if not super().parse_request():
+                return False
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = not self._fields.has_option("keep-alive")
+        else:
+            self.close_connection = self._fields.has_option("close")
+        return True
 
     def _refuse_beginning(self) -> None:
         """Answer a head that does not come to its end."""
@@ -206,7 +203,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if len(self._received) <= _MAX_HEAD:
             self._reject(408, "The request did not arrive in time; send it at once, and complete.")
         else:
-            self.send_error(431 if b"\n" in self._received[:_MAX_LINE] else 414)
+            self.send_error(431 if b"\n" in self._received[:LONGEST_LINE] else 414)
 
     def _answer(self) -> None:
         keep_alive = not self.close_connection
@@ -218,15 +215,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         self.close_connection = not keep_alive
         path, _, query = self.path.partition("?")
-        names = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, path, dict(urllib.parse.parse_qsl(query, keep_blank_values=True)), names, body)
+        parameters = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
+        request = Request(self.command, path, parameters, self._fields.last, body)
         self._write(self._server.respond(request), path)
 
     def _read_body(self) -> bytes:
         """Return the body. Raises _FramingError where its length is not certain (RFC 9112, section 6.3)."""
         self._check_head()
         length = self._length_of_body()
-        if length and "expect" in self.headers and self.request_version != "HTTP/1.0":  # RFC 9110, section 10.1.1
+        if length and "expect" in self._fields.last and self.request_version != "HTTP/1.0":  # RFC 9110, section 10.1.1
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._receive(length, time.monotonic() + self._server.limits.body_time)
         if len(self._received) < length:
@@ -239,12 +236,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _check_head(self) -> None:
         """Refuse a head that others may read otherwise. Raises _FramingError."""
-        if self.headers.defects:
-            raise _FramingError(400, "The head has a malformed field; send well-formed fields.")
         for name in ("host", "origin"):
-            if len(self.headers.get_all(name, [])) > 1:
+            if len(self._fields.all(name)) > 1:
                 raise _FramingError(400, f"{name.title()} is there more than once; send it once.")
-        if "host" not in self.headers and self.request_version != "HTTP/1.0":
+        if "host" not in self._fields.last and self.request_version != "HTTP/1.0":
             raise _FramingError(400, "Host is missing; send it.")
         if not self.path.startswith("/"):
             raise _FramingError(400, "The target must be a path; this is no proxy.")
@@ -253,9 +248,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _length_of_body(self) -> int:
         limit = self._server.limits.body_size
-        if "transfer-encoding" in self.headers:
+        if "transfer-encoding" in self._fields.last:
             raise _FramingError(501, "Transfer-Encoding is not taken here; send Content-Length.")
-        lengths = self.headers.get_all("content-length", ["0"])
+        lengths = self._fields.all("content-length") or ["0"]
         if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
             raise _FramingError(400, "Content-Length must be one decimal number.")
         length = int(lengths[0])
@@ -296,11 +291,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         lines = [
             f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
-            "Server: self-update",
+            _HEAD_OF_ANSWERS,
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",
             f"X-Request-Id: {log.request_id()}",
-            *SAFETY_HEADERS,
         ]
         if response.stream is None:
             lines.append(f"Content-Length: {len(response.body)}")
