@@ -62,8 +62,11 @@ STATE_HOME = "XDG_STATE_HOME"
 RELEASE_MODE = 0o500
 """Of a private copy."""
 
-MOST_CONNECTIONS = 1000
-"""How many connections a server may have; descriptors are what limits them."""
+MOST_CONNECTIONS = 4000
+"""How many connections a server may have, where there are as many descriptors."""
+
+_OTHER_DESCRIPTORS = 64
+"""What a process has open besides connections, in the middle of an upgrade and a scan."""
 
 CLEAN_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -495,3 +498,17 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_room(connections: int) -> int:
+    """Have this process open descriptors for as many connections, if it may; return for how many it can.
+
+    The soft limit is low for the sake of programs that use select(2), which this one does not (setrlimit(2)).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(1, min(connections, wanted - _OTHER_DESCRIPTORS))

@@ -133,7 +133,8 @@ class _Service:
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
         self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
-        self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)))
+        limits = replace(given.limits, connections=system.make_room(given.limits.connections))
+        self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)), limits=limits)
         self._server = Server("http", self._respond, given.limits)
         self._stop_out, self._stop_in = socket.socketpair()
         self._trust = Trust(given, self._store, self._stop_out.fileno())

@@ -590,3 +590,8 @@ def mend(program: Path) -> None:
 
 def sync_directory(_path: Path) -> None:
     """Do nothing: the file system's own journal has the names in a directory."""
+
+
+def make_room(connections: int) -> int:
+    """Return for how many connections there is room: for all."""
+    return connections

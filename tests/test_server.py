@@ -8,11 +8,14 @@ import re
 import selectors
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from build import ROOT
 from service import PATIENCE
 
 from selfupdate import listener as listeners
@@ -393,3 +396,18 @@ def test_a_crowd_on_one_listener_leaves_room_for_another(make: Callable[..., Sit
         for client in crowd:
             assert b"200 OK" in read_all(client)
             client.close()
+
+
+def test_room_is_made_for_connections() -> None:
+    """Up to the hard limit of descriptors, with some left for all else; nothing is taken away."""
+    say = """
+import resource, sys
+from selfupdate import posix
+for soft in (100, 264, 300):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    print(posix.make_room(200), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 150))
+print(posix.make_room(200), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    ran = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ran.stdout.split("\n") == ["200 264", "200 264", "200 300", "86 150", ""]
