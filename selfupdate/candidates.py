@@ -26,8 +26,9 @@ from selfupdate.errors import (
     ScanError,
     VersionError,
 )
+from selfupdate.findings import Identity
 from selfupdate.foreign import shown
-from selfupdate.versions import Version, parse_output
+from selfupdate.versions import Version, parse, parse_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +135,7 @@ class Scanner:
                 self._versions = {key: value for key, value in self._versions.items() if isinstance(value, Version)}
             found = self._examine(self._names(), trusted)
             self._prune(found)
+            self._store.findings.save()
         found.sort(key=lambda candidate: candidate.name)
         found.sort(key=lambda candidate: (candidate.version is not None, candidate.version), reverse=True)
         self.last = self._rank(found)
@@ -179,8 +181,10 @@ class Scanner:
         return names
 
     def _examine(self, names: list[str], trusted: Reading) -> list[Candidate]:
-        """Look at each file, several at a time."""
-        waiting = deque(names)
+        """Look at each file; at several at a time, where that takes other programs."""
+        remembered = {name for name in names if self._is_remembered(name)}
+        unknown = [name for name in names if name not in remembered]
+        waiting = deque([*unknown, *remembered])
         found: list[Candidate] = []
         failures: list[BaseException] = []
 
@@ -199,7 +203,7 @@ class Scanner:
                     found.append(candidate)
 
         threads = [
-            threading.Thread(target=work, name="scan") for _ in range(min(len(names), self._limits.version_runs))
+            threading.Thread(target=work, name="scan") for _ in range(min(len(unknown), self._limits.version_runs))
         ]
         for thread in threads[1:]:
             thread.start()
@@ -209,6 +213,15 @@ class Scanner:
         if failures:
             raise failures[0]
         return found
+
+    def _is_remembered(self, name: str) -> bool:
+        """Tell whether neither a copy nor a question is needed to know what a file is."""
+        path = self._directory / name
+        try:
+            sha256 = self._store.findings.digest_of(path, Identity.of(path.stat()))
+        except OSError:
+            return True  # there is nothing to be known
+        return sha256 is not None and (sha256 in self._versions or self._store.findings.version_of(sha256) is not None)
 
     def _look(self, name: str, trusted: Reading) -> Candidate | None:
         """Return the candidate `name`, or None where it is none. Nothing is executed before it is verified."""
@@ -230,16 +243,25 @@ class Scanner:
             return Candidate(name, None, release, error.with_traceback(None))
 
     def _version(self, release: Release) -> Version:
-        answer = self._versions.get(release.sha256)
+        answer = self._versions.get(release.sha256) or self._told_before(release)
         if answer is None:
             try:
                 answer = self._ask(release)
             except CandidateError as error:
                 answer = error
-            self._versions[release.sha256] = answer
+            else:
+                self._store.findings.note_version(release.sha256, str(answer))
+        self._versions[release.sha256] = answer
         if isinstance(answer, CandidateError):
             raise answer
         return answer
+
+    def _told_before(self, release: Release) -> Version | None:
+        """Return what it told another process of this service."""
+        try:
+            return parse(self._store.findings.version_of(release.sha256) or "")
+        except VersionError:
+            return None
 
     def _ask(self, release: Release) -> Version:
         """Run `<release> -version`. Raises CandidateError where it does not answer with a version."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfupdate.errors import CandidateError, InstallError, StateError
+from selfupdate.findings import Findings, Identity
 from selfupdate.system import RELEASE_MODE, STARTING, is_noexec, mend, put_in_place, sync_directory
 
 if TYPE_CHECKING:
@@ -26,22 +27,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _NEW = ".new-"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a file is known by without reading it; a file that is written to changes it (stat(2))."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
-        """Return the identity in a file's status."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -66,6 +51,7 @@ class Store:
         self._root = self._state_dir / "releases"
         self._size_limit = size_limit
         self._staged: dict[tuple[Path, Identity], Copy] = {}
+        self.findings = Findings(self._state_dir / "findings")
 
     def open(self) -> None:
         """Make the directory where it is missing, for this user alone.
@@ -95,11 +81,13 @@ class Store:
         """
         try:
             identity = Identity.of(source.stat())
-            copy = self._staged.get((source, identity))
+            copy = self._staged.get((source, identity)) or self._staged_before(source, identity)
             if copy is None or not copy.path.exists():
                 copy = self._copy(source)
                 assert copy.identity is not None
-                self._staged[source, copy.identity] = copy  # of what was read, whatever was there before
+                self.findings.note_digest(source, copy.identity, copy.sha256)
+                identity = copy.identity  # of what was read, whatever was there before
+            self._staged[source, identity] = copy
         except FileNotFoundError:
             raise CandidateError("was removed while it was looked at", "candidate-missing") from None
         except OSError as error:
@@ -109,6 +97,17 @@ class Store:
             why = f"cannot be copied to {self._root}: {error.strerror}"
             raise CandidateError(why, "candidate-unreadable", "make it readable for this account") from error
         return copy
+
+    def _staged_before(self, source: Path, identity: Identity) -> Copy | None:
+        """Return the copy that another process of this service made of the same file, if it is there."""
+        sha256 = self.findings.digest_of(source, identity)
+        if sha256 is None:
+            return None
+        try:
+            (path,) = (self._root / sha256).iterdir()
+        except (OSError, ValueError):
+            return None
+        return Copy(path, source.name, sha256, source, identity)
 
     def confirm(self, copy: Copy) -> None:
         """Check that the file that `copy` was made of is still the same, and the copy is there.
@@ -146,6 +145,7 @@ class Store:
             if directory.name not in kept and not directory.name.startswith(_NEW):
                 shutil.rmtree(directory, ignore_errors=True)
         self._staged = {key: copy for key, copy in self._staged.items() if copy.sha256 in kept}
+        self.findings.forget_all_but(kept)
 
     def clear(self) -> None:
         """Remove what copies and questions left behind that a crash interrupted; nobody else may use the store now."""

@@ -62,6 +62,8 @@ class Site:
         return Trust(replace(given, limits=limits), self.store, self.stop_fd)
 
     def scanner(self, *flags: str, trust: Trust | None = None) -> Scanner:
+        """Return one that has never asked the candidate anything."""
+        self.store.findings.forget_all_but(())
         return Scanner(
             self.upgrades,
             self.store,
