@@ -58,6 +58,9 @@ _PAGE = {
     )
 }
 
+AT_HAND = frozenset(_PAGE.keys() - {"/"}) | {"/version", "/healthz"}
+"""Paths to which the answer waits for nothing."""
+
 # What the caller can do next decides the status.
 _STATUS_OF_ERRORS: dict[type[SelfUpdateError], int] = {
     UpgradeUnderWayError: 409,
@@ -110,8 +113,9 @@ class App:
         self._names = {*(bind.host.lower() for bind in settings.bind), *(settings.allowed_hosts or ())}
         self._started_at = now()
         self._feed = events.Feed(journal, lifecycle, self._standing, server.advance_streams, settings.limits.listeners)
+        said = json_response({"version": program.version})
         self._routes: dict[str, tuple[str, Callable[[Request], Response]]] = {
-            "/version": ("GET", lambda _: json_response({"version": self._version})),
+            "/version": ("GET", lambda _: said),
             "/openapi.json": ("GET", self._contract),
             "/healthz": ("GET", lambda _: self.health()),
             "/status": ("GET", lambda _: json_response(self._standing())),

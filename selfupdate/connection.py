@@ -44,6 +44,9 @@ class Service(Protocol):
     def respond(self, request: Request) -> Response:
         """Return the application's answer."""
 
+    def is_at_hand(self, path: str) -> bool:
+        """Tell whether the answer to a GET takes no time worth a thread."""
+
     def answers(self, method: str, path: str | None, status: int, seconds: float) -> None:
         """Tell of an answer that is about to be written."""
 
@@ -81,12 +84,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.wfile = io.BytesIO()  # the parser itself writes nothing: see handle_expect_100 and send_error
         self._server = server
+        self.is_watched = False
+        """Whether the loop's selector has it."""
         self._fields: Fields
         self._received = bytearray()
+        self._end = float("inf")
+        """Where the request ends, as far as is known."""
         self._has_ended = False
         self.stream: Stream | None = None
         """What goes on being said, once its answer has begun."""
         self._unsent = b""
+        self._waits_to_send = True
+        self._says_last = False
         self._has_taken = True
         self._began = 0.0
         """When a worker took up the request; of `time.monotonic()`."""
@@ -113,7 +122,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Tell whether a request is complete, or so far gone that it must be refused."""
         while self._received.startswith(b"\r\n"):  # RFC 9112, section 2.2
             del self._received[:2]
-        return self._end_of_request() <= len(self._received) or len(self._received) > _MAX_HEAD
+        self._end = self._end_of_request()
+        return self._end <= len(self._received) or len(self._received) > _MAX_HEAD
 
     def has_input(self) -> bool:
         """Tell whether something has arrived that was not collected."""
@@ -143,19 +153,46 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return float("inf")
         return end + length_of_body(self._received[:end], self._server.limits.body_size)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the client has left, and nothing is to be answered."""
+        return self._has_ended and not self._received
+
+    @property
+    def ends_with_client(self) -> bool:
+        """Whether the client said that it sends nothing more, and has not."""
+        return self._says_last and not self._received and not self.has_input()
+
+    def serve_at_once(self) -> bool:
+        """Answer what has arrived, if that is one request whose answer is at hand; tell whether it was.
+
+        `close_connection` says whether the connection lives on. Raises OSError where the client has gone.
+        """
+        found = _COMMON.match(self._received)
+        if found is None or found[1] == b"POST" or not self._server.is_at_hand(found[2].decode()):
+            return False
+        if self._end != len(self._received):
+            return False  # more has arrived, which would keep the others waiting
+        self._waits_to_send = False
+        self._serve_one()
+        self._waits_to_send = True
+        return not self._unsent
+
     # A worker's part.
 
     def serve(self) -> bool:
         """Answer what has arrived; tell whether the connection lives on."""
-        while True:
-            try:
+        try:
+            if self._unsent:
+                self._unsent = self._send(self._unsent)
+                if self.close_connection or not self.has_request():
+                    return not self.close_connection
+            while True:
                 self._serve_one()
-            except OSError:  # the client has gone
-                return False
-            if self.close_connection:
-                return False
-            if not self.has_request():
-                return True
+                if self.close_connection or not self.has_request():
+                    return not self.close_connection
+        except OSError:  # the client has gone
+            return False
 
     def _serve_one(self) -> None:
         self.close_connection = True
@@ -191,9 +228,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if not super().parse_request():
                 return False
         if self.request_version == "HTTP/1.0":
-            self.close_connection = not self._fields.has_option("keep-alive")
+            self._says_last = not self._fields.has_option("keep-alive")
         else:
-            self.close_connection = self._fields.has_option("close")
+            self._says_last = self._fields.has_option("close")
+        self.close_connection = self._says_last
         return True
 
     def _refuse_beginning(self) -> None:
@@ -290,7 +328,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if self._server.ends_connections:
             self.close_connection = True
         lines = [
-            f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
+            f"HTTP/1.1 {response.status} {self.responses[response.status][0]}",
             _HEAD_OF_ANSWERS,
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",
@@ -308,7 +346,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         try:
-            self._send(head if self.command == "HEAD" else head + response.body)
+            self._unsent = self._send(head if self.command == "HEAD" else head + response.body)
         finally:
             self._note(response.status)
         if self.command == "HEAD":
@@ -325,9 +363,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             said = {"method": self.command, "path": path, "status": status, "seconds": took}
             _log.log(level, "answered", extra=said)
 
-    def _send(self, text: bytes) -> None:
+    def _send(self, text: bytes) -> bytes:
+        """Send `text`; return what the client does not take at once, where that is not to be waited for."""
+        if not self._waits_to_send:
+            with contextlib.suppress(BlockingIOError):
+                return text[self.connection.send(text) :]
+            return text
         self.connection.settimeout(self._server.limits.send_time)
         self.connection.sendall(text)
+        return b""
 
     # A stream, which is the loop's part again.
 

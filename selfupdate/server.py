@@ -1,12 +1,13 @@
 """An HTTP/1.1 server on `http.server`'s classes that can be paused, resumed and drained.
 
 One thread, the loop, waits for everything that can arrive: connections on the
-listeners, and the next request on each open connection. A connection on which a
-request is complete goes to one of a fixed number of workers, which parses it,
-calls the application, writes the answer, and gives the connection back. So
-neither an idle connection nor a slow client costs a thread. The loop alone owns
-the set of connections; others ask it to act by `_call`, and wait for it. It also
-sends what streams have to say, and waits for none that listens.
+listeners, and the next request on each open connection. It answers what the
+application has at hand. With any other request that is complete, a connection
+goes to one of a fixed number of workers, which parses it, calls the application,
+writes the answer, and gives the connection back. So neither an idle connection
+nor a slow client costs a thread. The loop alone owns the set of connections;
+others ask it to act by `_call`, and wait for it. It also sends what streams have
+to say, and waits for none that listens.
 
 Pausing means: no connection is accepted, and each open one is closed behind its
 next answer, which says so (`Connection: close`). What `http.server` does by
@@ -35,7 +36,7 @@ from selfupdate.listener import BACKLOG
 from selfupdate.messages import Request, Response, problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from selfupdate.settings import Limits
 
@@ -51,8 +52,18 @@ _NO_ROOM_TIME = 0.1
 class Server:
     """Serves an application on listeners, once told to accept."""
 
-    def __init__(self, name: str, application: Callable[[Request], Response], limits: Limits) -> None:
-        """Start the threads of a server that does not accept yet; `name` is for them."""
+    def __init__(
+        self,
+        name: str,
+        application: Callable[[Request], Response],
+        limits: Limits,
+        at_hand: Collection[str] = (),
+    ) -> None:
+        """Start the loop of a server that does not accept yet; `name` is for its threads.
+
+        The application's answer to a GET of a path that is `at_hand` waits for nothing and takes next to no time.
+        """
+        self._at_hand = frozenset(at_hand)
         self.limits = limits
         self.ends_connections = False
         """Whether each connection is closed behind its next answer."""
@@ -86,10 +97,10 @@ class Server:
         self._stopped = False
         self._ready: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         self._date = (0, "")
+        self._workers = 0
+        self._name = name
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
-        for number in range(limits.threads):
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     # What others ask for. Each returns when it is done.
 
@@ -183,13 +194,17 @@ class Server:
         self._call(stop)
         self._thread.join()
         self._run_calls()
-        for _ in range(self.limits.threads):
+        for _ in range(self._workers):
             self._ready.put(None)
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
 
     # What the connections use.
+
+    def is_at_hand(self, path: str) -> bool:
+        """Tell whether the answer to a GET takes no time worth a thread."""
+        return path in self._at_hand
 
     def respond(self, request: Request) -> Response:
         """Return the application's answer; an exception is a defect, logged, and a 500."""
@@ -333,17 +348,35 @@ class Server:
                 self._listeners.append(listener)
             if connection.family in {socket.AF_INET, socket.AF_INET6}:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._wait_for_request(Connection(connection, self), is_new=True)
+            connection.setblocking(False)
+            self._empty.clear()
+            self._welcome(Connection(connection, self))
             if count is not None:
                 count -= 1
 
-    def _wait_for_request(self, connection: Connection, *, is_new: bool = False) -> None:
-        self._empty.clear()
-        connection.connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ)
-        self._wait_for_more(connection, is_new=is_new)
+    def _welcome(self, connection: Connection) -> None:
+        """Attend to a new connection, on which the first request may have arrived already."""
+        if connection.collect():
+            self._serve(connection)
+        else:
+            self._wait_for_more(connection, is_new=True)
+
+    def _watch(self, connection: Connection) -> None:
+        if not connection.is_watched:
+            self._selector.register(connection, selectors.EVENT_READ)
+            connection.is_watched = True
+
+    def _unwatch(self, connection: Connection) -> None:
+        if connection.is_watched:
+            self._selector.unregister(connection)
+            connection.is_watched = False
+
+    def _close(self, connection: Connection) -> None:
+        self._unwatch(connection)
+        connection.close()
 
     def _wait_for_more(self, connection: Connection, *, is_new: bool = False) -> None:
+        self._watch(connection)
         if is_new or connection.has_begun:
             self._beginning[connection] = time.monotonic() + self.limits.request_time
         else:
@@ -362,16 +395,39 @@ class Server:
         elif connection in self._beginning:  # its time goes on
             if connection.collect():
                 del self._beginning[connection]
-                self._hand_to_worker(connection)
+                self._serve(connection)
         elif self._idle.pop(connection, None) is not None:  # else it was dropped since the selector saw it
             if connection.collect():
-                self._hand_to_worker(connection)
+                self._serve(connection)
             else:
                 self._wait_for_more(connection)
 
+    def _serve(self, connection: Connection) -> None:
+        """Answer what has arrived at once, if its answer is at hand; leave all else to a worker."""
+        if connection.is_over:
+            self._close(connection)
+            return
+        try:
+            is_served = connection.serve_at_once()
+        except OSError:  # the client has gone
+            self._close(connection)
+            return
+        except Exception:  # noqa: BLE001 - as in _work
+            _log.exception("a connection met a defect")
+            is_served = connection.close_connection = True
+        if not is_served:
+            self._hand_to_worker(connection)
+        elif connection.close_connection or self._drained:
+            self._linger(connection)
+        else:
+            self._wait_for_more(connection)
+
     def _hand_to_worker(self, connection: Connection) -> None:
-        self._selector.unregister(connection)
+        self._unwatch(connection)
         self._busy.add(connection)
+        if self._workers < min(len(self._busy), self.limits.threads):  # each that there is may have something to do
+            threading.Thread(target=self._work, name=f"{self._name}-{self._workers}", daemon=True).start()
+            self._workers += 1
         self._ready.put(connection)
 
     def _finish(self, connection: Connection, deadline: float) -> None:
@@ -385,27 +441,30 @@ class Server:
         except OSError:
             pass
         self._lingering.pop(connection, None)
-        self._selector.unregister(connection)
-        connection.close()
+        self._close(connection)
 
     def _give_back(self, connection: Connection, *, lives: bool) -> None:
         self._busy.discard(connection)
         if self._stopped:
             connection.close()
         elif lives and not self._drained:
-            self._wait_for_request(connection)
+            connection.connection.setblocking(False)
+            self._wait_for_more(connection)
         elif connection.stream is not None:
             self._begin_stream(connection)
         else:
             self._linger(connection)
 
     def _linger(self, connection: Connection) -> None:
-        """Wait until the client has closed, too."""
+        """Wait until the client has closed, too, unless nothing can come from it."""
+        connection.connection.setblocking(False)
+        if connection.ends_with_client:
+            self._close(connection)
+            return
         # A close(2) with unread input resets the connection, and the client may lose the answer.
         with contextlib.suppress(OSError):
             connection.connection.shutdown(socket.SHUT_WR)
-        connection.connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._watch(connection)
         self._finish(connection, time.monotonic() + self.limits.linger_time)
 
     def _expire(self, now: float) -> None:
@@ -435,8 +494,7 @@ class Server:
 
     def _drop(self, connection: Connection, waiting: dict[Connection, float]) -> None:
         del waiting[connection]
-        self._selector.unregister(connection)
-        connection.close()
+        self._close(connection)
 
     def _drop_waiting(self) -> None:
         for waiting in (self._idle, self._lingering):
@@ -469,7 +527,7 @@ class Server:
 
     def _begin_stream(self, connection: Connection) -> None:
         connection.connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._watch(connection)
         self._streams.add(connection)
         if self._next_sign_of_life is None:
             self._next_sign_of_life = time.monotonic() + self.limits.sign_of_life_interval
@@ -511,13 +569,12 @@ class Server:
             self._drop_stream(connection)
             return
         self._streams.discard(connection)
-        self._selector.unregister(connection)
+        self._unwatch(connection)
         self._linger(connection)
 
     def _drop_stream(self, connection: Connection) -> None:
         self._streams.discard(connection)
-        self._selector.unregister(connection)
-        connection.close()
+        self._close(connection)
 
     # The workers' own.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from selfupdate import __version__, log, program, settings, signals, system, versions
 from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
-from selfupdate.app import App
+from selfupdate.app import AT_HAND, App
 from selfupdate.candidates import Scanner
 from selfupdate.company import Company
 from selfupdate.counters import Counters
@@ -135,7 +135,7 @@ class _Service:
         self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
         limits = replace(given.limits, connections=system.make_room(given.limits.connections))
         self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)), limits=limits)
-        self._server = Server("http", self._respond, given.limits)
+        self._server = Server("http", self._respond, given.limits, AT_HAND)
         self._stop_out, self._stop_in = socket.socketpair()
         self._trust = Trust(given, self._store, self._stop_out.fileno())
         self._compose()

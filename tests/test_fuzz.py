@@ -165,6 +165,9 @@ class Site:
         self.asked.append(request)
         return json_response({"path": request.path, "headers": dict(request.headers)})
 
+    def is_at_hand(self, _path: str) -> bool:
+        return True
+
     def answers(self, method: str, path: str | None, status: int, seconds: float) -> None:
         pass
 
@@ -195,7 +198,7 @@ def converse(site: Site, pieces: deque[bytes], *, leaves: bool) -> bytes:
             if connection.collect():
                 if pieces:
                     client.sendall(pieces.popleft())
-                lives = connection.serve()
+                lives = not connection.close_connection if connection.serve_at_once() else connection.serve()
                 answers += received(client)
         if lives and leaves:
             client.shutdown(socket.SHUT_WR)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 GET = b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n"
 _NUMBERS = itertools.count()
 
+BIG = 16 << 20
+"""Bytes of an answer that no client's kernel takes at once."""
 CLOSE = b"\r\nConnection: close\r\n"
 
 
@@ -41,7 +43,7 @@ class Site:
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.name = f"server {next(_NUMBERS)}"
-        self.server = Server(self.name, self.answer, limits)
+        self.server = Server(self.name, self.answer, limits, at_hand={"/hand", "/big", "/defect"})
         self.listener = listeners.bind(Address("localhost", 0))
         self.address: tuple[str, int] = self.listener.getsockname()
         self.server.accept(self.listener)
@@ -50,6 +52,8 @@ class Site:
         if request.path == "/wait":
             self.entered.release()
             assert self.gate.wait(PATIENCE)
+        if request.path == "/big":
+            return Response(200, b"x" * BIG)
         if request.path == "/defect":
             raise OSError("a defect")
         return json_response({"method": request.method, "path": request.path, "body": request.body.decode()})
@@ -411,3 +415,60 @@ print(posix.make_room(200), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
     ran = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.split("\n") == ["200 264", "200 264", "200 300", "86 150", ""]
+
+
+HAND = GET.replace(b"/x", b"/hand")
+
+
+def test_what_is_at_hand_waits_for_no_worker(make: Callable[..., Site]) -> None:
+    """All of them are busy, and it is answered, over new connections and over kept ones."""
+    site = make(threads=1)
+    with site.connect() as client, site.connect() as kept:
+        client.sendall(GET.replace(b"/x", b"/wait"))
+        assert site.entered.acquire(timeout=PATIENCE)
+        for _ in range(3):
+            kept.sendall(HAND)
+            assert b" 200 " in read_one(kept)
+        assert site.ask(HAND.replace(b"\r\n\r\n", CLOSE + b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        site.gate.set()
+        assert b" 200 " in read_one(client)
+
+
+def test_a_client_that_does_not_take_what_is_at_hand_holds_nobody_up(make: Callable[..., Site]) -> None:
+    """A worker waits for it, and in the end it has all of it."""
+    site = make()
+    with site.connect() as slow, site.connect() as other:
+        slow.sendall(HAND.replace(b"/hand", b"/big"))
+        for _ in range(3):
+            other.sendall(HAND)
+            assert b" 200 " in read_one(other)
+        head, _, body = slow.recv(1 << 20).partition(b"\r\n\r\n")
+        assert b"Content-Length: %d" % BIG in head
+        while len(body) < BIG:
+            chunk = slow.recv(1 << 20)
+            assert chunk
+            body += chunk
+        slow.sendall(HAND)
+        assert b" 200 " in read_one(slow)
+
+
+def test_several_requests_at_once_are_answered_in_order(make: Callable[..., Site]) -> None:
+    """At hand or not."""
+    site = make()
+    with site.connect() as client:
+        last = GET.replace(b"\r\n\r\n", CLOSE + b"\r\n")
+        client.sendall(HAND + GET + HAND + last)
+        paths = re.findall(rb'"path": "([^"]*)"', read_all(client))
+    assert paths == [b"/hand", b"/x", b"/hand", b"/x"]
+
+
+def test_what_is_at_hand_ends_the_connection_when_the_server_pauses(make: Callable[..., Site]) -> None:
+    """As every answer does then."""
+    site = make()
+    with site.connect() as client:
+        client.sendall(HAND)
+        assert CLOSE not in read_one(client)
+        site.server.pause(PATIENCE)
+        client.sendall(HAND)
+        assert CLOSE in read_all(client)
+    site.server.wait_until_empty()

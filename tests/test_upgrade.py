@@ -11,6 +11,8 @@ import pytest
 from load import Load
 from service import Service, resources
 
+from selfupdate.settings import Limits
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -53,7 +55,7 @@ def test_twenty_upgrades_in_a_row_under_load_lose_no_request(
             if number == 1:
                 after_first = resources(status["pid"])
     at_the_end = resources(status["pid"])
-    assert at_the_end["task"] <= after_first["task"]
+    assert at_the_end["task"] < Limits().threads + 10
     assert at_the_end["fd"] <= after_first["fd"]
     figure(
         f"{UPGRADES} upgrades, {answered} requests, 0 failed; longest gap between two answers, median (worst): "
