@@ -94,11 +94,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.stream: Stream | None = None
         """What goes on being said, once its answer has begun."""
         self._unsent = b""
+        """What the client has not taken of the last answer, or of the stream."""
         self._waits_to_send = True
+        """Whether an answer is waited with until the client has taken it, as a worker may, and the loop may not."""
         self._says_last = False
+        """Whether the client said that it sends no request behind the last one."""
         self._has_taken = True
+        """Whether it has taken anything of the stream since the last sign of life."""
         self._began = 0.0
-        """When a worker took up the request; of `time.monotonic()`."""
+        """When the request was taken up; of `time.monotonic()`."""
 
     def fileno(self) -> int:
         """Return the descriptor, readable when something has arrived."""

@@ -95,7 +95,7 @@ class Metrics:
         if record.to_version is None or record.outcome is None:
             return
         amounts = [(_UPGRADES.key(kind=record.kind, outcome=record.outcome), 1.0)]
-        begun = [(entry[0], datetime.fromisoformat(entry[1])) for entry in record.timeline]
+        begun = [(entry.phase, datetime.fromisoformat(entry.at)) for entry in record.timeline]
         for (phase, began), (_, ended) in pairwise(begun):
             seconds = max(0.0, (ended - began).total_seconds())  # the clock may have been set back
             amounts += _PHASES.of(phase=phase).amounts(seconds)

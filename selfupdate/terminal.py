@@ -25,7 +25,6 @@ class Style(enum.StrEnum):
     RED = "31"
     GREEN = "32"
     YELLOW = "33"
-    CYAN = "36"
 
 
 @dataclass(frozen=True)

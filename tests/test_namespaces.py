@@ -16,11 +16,11 @@ from systemd import Systemd
 pytestmark = pytest.mark.slow
 
 _HELD = """
-import time
+import signal
 from namespaces import Namespaces
 with Namespaces(["sleep", "600"]) as namespaces:
     print(namespaces.pid, flush=True)
-    time.sleep(600)
+    signal.pause()
 """
 
 

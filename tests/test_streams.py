@@ -48,6 +48,7 @@ class Site:
 
     def __init__(self, limits: Limits) -> None:
         self.streams: list[Saying] = []
+        self.is_listened_to = threading.Event()
         self.server = Server("http", self.answer, limits)
         self.listener = listeners.bind(Address("localhost", 0))
         self.address: tuple[str, int] = self.listener.getsockname()
@@ -57,6 +58,7 @@ class Site:
         if request.path != "/stream":
             return json_response({})
         self.streams.append(Saying())
+        self.is_listened_to.set()
         return Response(200, content_type="text/plain", stream=self.streams[-1])
 
     def connect(self) -> socket.socket:
@@ -185,8 +187,7 @@ def test_one_that_reads_nothing_holds_nobody_up_and_is_left(run: Callable[..., S
         deaf.settimeout(PATIENCE)
         deaf.connect(site.address)
         deaf.sendall(LISTEN)
-        while not site.streams:  # nothing tells it: the client reads nothing
-            site.server.advance_streams()
+        assert site.is_listened_to.wait(PATIENCE)
         to_deaf = site.streams[0]
         assert to_deaf.begun.wait(PATIENCE)
         client, stream = site.listen()

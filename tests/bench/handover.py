@@ -90,14 +90,15 @@ def replace(
     calm = course.scale.calm
     with Load(Plan(*peer.address, keeps=scenario.keeps, rate=scenario.rate)) as load:
         load.first_answer(FIRST)
-        time.sleep(calm)  # all of its processes have started
+        time.sleep(calm)  # all of its processes have started, which each peer tells otherwise, or not at all
         for number, version in enumerate(versions, 1):
             peer.prepare(version)
+            # The steady state that the upgrade is compared with: what is measured is this time itself.
             time.sleep(max([calm, *(upgrade.window.length for upgrade in upgrades[-1:])]) + _AFTERMATH)
             while load.answered() < requests * number / count:
-                time.sleep(calm)
+                time.sleep(calm)  # the generator is not held up by having to tell: it is asked again
             upgrades.append(peer.upgrade(version, load))
-        time.sleep(calm)
+        time.sleep(calm)  # as much steady state behind the last upgrade as before it
         return load.stop(), upgrades
 
 

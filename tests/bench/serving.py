@@ -49,7 +49,7 @@ def measure(course: Course) -> list[Table]:
 def _ask(peer: Peer, seconds: float, *, keeps: bool, rate: float | None = None) -> Trace:
     with Load(Plan(*peer.address, keeps=keeps, rate=rate)) as load:
         load.first_answer(FIRST)
-        time.sleep(seconds)
+        time.sleep(seconds)  # how long is measured
         return load.stop()
 
 

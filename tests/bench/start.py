@@ -57,7 +57,7 @@ def _starts(course: Course) -> Table:
         for kind, place in places.items():
             with course.running(kind, place) as peer:
                 began, connected, answered = peer.started
-                time.sleep(_SETTLED)
+                time.sleep(_SETTLED)  # its memory when idle is what is measured then
                 if number:
                     table.add(kind.name, "start to listening", "ms", (connected - began) * 1000)
                     table.add(kind.name, "start to first answer", "ms", (answered - began) * 1000)
