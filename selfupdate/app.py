@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from selfupdate.access import Gate
     from selfupdate.candidates import Scanner
     from selfupdate.counters import Counters
+    from selfupdate.frontend import Frontend
     from selfupdate.journal import Journal, Record
     from selfupdate.program import Program
     from selfupdate.server import Server
     from selfupdate.settings import Settings
+    from selfupdate.stop import Stop
     from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
 
@@ -97,6 +99,8 @@ class App:
         trust: Trust,
         gate: Gate,
         server: Server,
+        frontend: Frontend,
+        stop: Stop,
         counters: Counters,
     ) -> None:
         """Answer for this process; count what the `server` answers, and wake it when streams have news."""
@@ -110,6 +114,8 @@ class App:
         self._upgrader = upgrader
         self._trust = trust
         self._gate = gate
+        self._frontend = frontend
+        self._stop = stop
         self._names = {*(bind.host.lower() for bind in settings.bind), *(settings.allowed_hosts or ())}
         self._started_at = now()
         self._feed = events.Feed(journal, lifecycle, self._standing, server.advance_streams, settings.limits.listeners)
@@ -164,7 +170,7 @@ class App:
             try:
                 return route(request)
             except HandedOverError:
-                return relay(request, self._upgrader.binds[0], self._settings.drain)
+                return relay(request, self._frontend.binds[0], self._settings.drain)
         except _BadRequestError as error:
             return problem(400, str(error))
         except SelfUpdateError as error:
@@ -183,7 +189,7 @@ class App:
 
     def health(self) -> Response:
         """Return the answer to `GET /healthz`."""
-        fit = self._lifecycle.phase is not Phase.STOPPING and not self._upgrader.is_stopping
+        fit = self._lifecycle.phase is not Phase.STOPPING and not self._stop.is_asked
         state = {"status": "ok" if fit else "stopping", "version": self._version, "pid": os.getpid()}
         return json_response({**state, "generation": self._generation}, 200 if fit else 503)
 
@@ -195,7 +201,7 @@ class App:
             "pid": os.getpid(),
             "generation": self._generation,
             "phase": self._lifecycle.phase,
-            "bind": join(self._upgrader.binds),
+            "bind": join(self._frontend.binds),
             "started_at": self._started_at,
             "installed": self._program.after_restart(self._journal.last_commit()),
             "upgrade": current.as_json() if current else None,
@@ -274,7 +280,7 @@ class App:
     def _page(self, request: Request) -> Response:
         body, content_type = _PAGE[request.path]
         if request.path == "/":
-            host = request.headers.get("host", join(self._upgrader.binds))
+            host = request.headers.get("host", join(self._frontend.binds))
             needs_token = self._settings.token_file is not None
             body = with_state(body, self._standing(), self._journal.records(), host, needs_token=needs_token)
         return Response(200, body, content_type)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from selfupdate import system
+    from selfupdate.frontend import Frontend
     from selfupdate.listener import Listener
     from selfupdate.manager import Manager
     from selfupdate.server import Server
     from selfupdate.signals import Signals
     from selfupdate.state import StateDirectory
-    from selfupdate.upgrade import Upgrader
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Company:
 
     def __init__(
         self,
-        upgrader: Upgrader,
+        frontend: Frontend,
         server: Server,
         told: Signals,
         manager: Manager,
@@ -48,27 +48,27 @@ class Company:
         """Hear of signals from `told`, and wait `health_time` seconds for the other one's health."""
         self.is_hung_up = False
         """Whether an upgrade was asked for that the next version is to do."""
-        self._upgrader = upgrader
+        self._frontend = frontend
         self._server = server
         self._told = told
         self._manager = manager
         self._state = state
         self._health_time = health_time
 
-    def come_back(self, comeback: system.Comeback, environ: Mapping[str, str]) -> int | None:
-        """Execute the release that serves now, in place of this process.
+    def come_back(self, comeback: system.Comeback, command: Sequence[str], environ: Mapping[str, str]) -> int | None:
+        """Execute the release that serves now by its `command`, in place of this process.
 
         Returns a stop that came first; None where it can't be executed, which the other one is told.
         """
         kept: list[Listener] = []
         word = None
         try:
-            for listener in self._upgrader.listeners:
+            for listener in self._frontend.listeners:
                 kept.append(replace(listener, sock=listener.sock.dup()))  # noqa: PERF401 - each is to be closed
             self._server.close(0)
             word = self._last_word()
             if word is None:
-                self._execute(comeback, environ, kept)
+                self._execute(comeback, command, environ, kept)
         except OSError as error:
             _log.error("cannot become the new version", extra={"reason": error.strerror})
             self._server.close(0)
@@ -78,8 +78,13 @@ class Company:
                 listener.sock.close()
         return word
 
-    def _execute(self, comeback: system.Comeback, environ: Mapping[str, str], passed: Sequence[Listener]) -> None:
-        command = self._upgrader.command
+    def _execute(
+        self,
+        comeback: system.Comeback,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        passed: Sequence[Listener],
+    ) -> None:
         _log.info("becomes the new version", extra={"release": command[0]})
         sys.stdout.flush()
         self._manager.alive()  # the next sign of life is the new version's
@@ -110,7 +115,7 @@ class Company:
             word = self._told.next(interval, serving.exit_fd)
             if word not in {None, signals.SETTLED, signals.RETIRED}:
                 os.kill(serving.pid, word)
-        for listener in self._upgrader.listeners:
+        for listener in self._frontend.listeners:
             listener.remove()  # it may have ended before it knew that this was left to it
         return min(abs(serving.end(0)), 1)
 
@@ -118,6 +123,6 @@ class Company:
         """Tell whether the service answers."""
         try:
             asked = Request("GET", "/healthz", {}, {}, b"")
-            return relay(asked, self._upgrader.binds[0], self._health_time).status == http.HTTPStatus.OK
+            return relay(asked, self._frontend.binds[0], self._health_time).status == http.HTTPStatus.OK
         except NotNowError:
             return False

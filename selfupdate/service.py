@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from dataclasses import replace
@@ -29,6 +28,7 @@ from selfupdate.errors import (
     StateError,
     UsageError,
 )
+from selfupdate.frontend import Frontend
 from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
@@ -39,6 +39,7 @@ from selfupdate.releases import Store
 from selfupdate.server import Server
 from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
+from selfupdate.stop import Stop
 from selfupdate.trust import Trust
 from selfupdate.upgrade import Upgrader
 
@@ -136,11 +137,12 @@ class _Service:
         limits = replace(given.limits, connections=system.make_room(given.limits.connections))
         self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)), limits=limits)
         self._server = Server("http", self._respond, given.limits, AT_HAND)
-        self._stop_out, self._stop_in = socket.socketpair()
-        self._trust = Trust(given, self._store, self._stop_out.fileno())
+        self._stop_request = Stop()
+        self._frontend = Frontend(given.bind)
+        self._trust = Trust(given, self._store, self._stop_request.fileno())
         self._compose()
         self._company = Company(
-            self._upgrader, self._server, self._signals, self._manager, self._state, given.limits.health_time
+            self._frontend, self._server, self._signals, self._manager, self._state, given.limits.health_time
         )
         self._follow()
         self._standby: Standby | None = None
@@ -158,7 +160,7 @@ class _Service:
             fault_of=self._journal.fault_of,
             needed=self._needed_releases,
             fault=self._fault,
-            stop_fd=self._stop_out.fileno(),
+            stop_fd=self._stop_request.fileno(),
             limits=self._settings.limits,
         )
         self._upgrader = Upgrader(
@@ -171,7 +173,8 @@ class _Service:
             store=self._store,
             trust=self._trust,
             server=self._server,
-            stop=(self._stop_out, self._stop_in),
+            frontend=self._frontend,
+            stop=self._stop_request,
             lock_fd=self._state.lock_fd,
             on_settled=self._signals.wake,
             on_retired=lambda: self._signals.wake(signals.RETIRED),
@@ -188,6 +191,8 @@ class _Service:
             trust=self._trust,
             gate=Gate(self._token),
             server=self._server,
+            frontend=self._frontend,
+            stop=self._stop_request,
             counters=Counters(None if self._fault else self._state.path),
         )
 
@@ -229,7 +234,7 @@ class _Service:
         else:
             self._accept(listeners.listen(self._places))
             self._upgrader.open()
-            self._manager.ready(f"{__version__} serves on {listeners.join(self._upgrader.binds)}")
+            self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"directory": str(self._settings.upgrade_dir)})
@@ -287,7 +292,8 @@ class _Service:
         """Leave the service to the process that took over, or become it; return the exit status."""
         comeback = self._upgrader.comeback
         if comeback:
-            word = self._company.come_back(comeback, {**os.environ, **self._settings.environment()})
+            environ = {**os.environ, **self._settings.environment()}
+            word = self._company.come_back(comeback, self._upgrader.command, environ)
             return self._company.stay_with(comeback.successor) if word is None else self._stop(word)
         partner = self._partner()
         if self._standby and self._incumbent:  # nobody hands over to this process any more
@@ -362,10 +368,10 @@ class _Service:
         return self._app.respond(request)
 
     def _accept(self, found: Sequence[Listener]) -> None:
-        self._upgrader.serve_on(found)
+        self._frontend.open(found)
         self._server.accept(*(listener.sock for listener in found))
-        self._state.sign(str(self._upgrader.binds[0]))
-        _log.info("serving", extra={"bind": listeners.join(self._upgrader.binds)})
+        self._state.sign(str(self._frontend.binds[0]))
+        _log.info("serving", extra={"bind": listeners.join(self._frontend.binds)})
 
     def _open_state(self) -> StateError | None:
         """Be the only service on the state directory, or its service's successor, and put it in order.
@@ -431,7 +437,7 @@ class _Service:
         """Wait until a plain incumbent has let go of the state directory."""
         try:
             self._state.lock(wait=True)
-            self._state.sign(str(self._upgrader.binds[0]))
+            self._state.sign(str(self._frontend.binds[0]))
             self._journal.open()
         except StateError as error:
             _log.error("the history is kept in memory alone", extra={"reason": str(error)})
@@ -465,7 +471,7 @@ class _Service:
         except IllegalTransitionError:
             _log.debug("was stopping already, or has handed over", extra={"phase": self._lifecycle.phase})
         self._manager.stopping()
-        if not self._upgrader.listeners:
+        if not self._frontend.listeners:
             self._close_places()
         if self._standby:
             self._standby.end()
@@ -495,7 +501,7 @@ class _Service:
         """Remove the paths of this service's Unix sockets, if nobody will serve there any more."""
         if self._lifecycle.phase is not Phase.STOPPING or (self._incumbent and self._incumbent.may_serve_again):
             return
-        for listener in self._upgrader.listeners:
+        for listener in self._frontend.listeners:
             listener.remove()
 
 

@@ -44,16 +44,17 @@ from selfupdate.recovery import settle
 from selfupdate.started import Started
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Sequence
 
     from selfupdate.candidates import Scanner
+    from selfupdate.frontend import Frontend
     from selfupdate.journal import Journal, Record
     from selfupdate.listener import Address, Listener
     from selfupdate.program import Program
     from selfupdate.releases import Store
     from selfupdate.server import Server
     from selfupdate.settings import Settings
+    from selfupdate.stop import Stop
     from selfupdate.successor import Successor
     from selfupdate.trust import Trust
 
@@ -79,8 +80,9 @@ class Upgrader:
         store: Store,
         trust: Trust,
         server: Server,
+        frontend: Frontend,
         lock_fd: int,
-        stop: tuple[socket.socket, socket.socket],
+        stop: Stop,
         on_retired: Callable[[], None],
         on_settled: Callable[[], None],
         on_stop: Callable[[], None],
@@ -88,8 +90,6 @@ class Upgrader:
         """Call `on_retired` when a successor has taken over for good, `on_stop` when it was told to stop.
 
         `on_settled` is called when the original process did not come back, and this one serves on.
-
-        Of the pair `stop`, the first becomes readable when this process is to stop: each wait ends with it.
         """
         self._program = program
         self._lock_fd = lock_fd
@@ -104,42 +104,25 @@ class Upgrader:
         self._on_retired = on_retired
         self._on_settled = on_settled
         self._on_stop = on_stop
-        self._binds = settings.bind
-        self._listeners: tuple[Listener, ...] = ()
+        self._frontend = frontend
         self._successor: Successor | None = None
         self.comeback: system.Comeback | None = None
         """How this process becomes the release that it has blessed, where it is to; set when it has retired."""
         self._comes_back = False
         self._is_open = threading.Event()
         self._claim_lock = threading.Lock()
-        self.is_stopping = False
+        self._stop = stop
         self._idle = threading.Event()
         self._idle.set()
-        self._stop_out, self._stop_in = stop
 
     def open(self) -> None:
         """Take requests: this process has become the service, and given back what it needed until then."""
         self._is_open.set()
 
-    def serve_on(self, listeners: Sequence[Listener]) -> None:
-        """Remember what the service listens on, to hand it over."""
-        self._listeners = tuple(listeners)
-        self._binds = tuple(listener.address for listener in listeners)
-
     @property
     def successor_pid(self) -> int | None:
         """The process to which this one handed over last, or was about to."""
         return self._successor.pid if self._successor else None
-
-    @property
-    def listeners(self) -> tuple[Listener, ...]:
-        """What the service listens on."""
-        return self._listeners
-
-    @property
-    def binds(self) -> tuple[Address, ...]:
-        """The addresses of the service, with the ports that it really has."""
-        return self._binds
 
     def upgrade(self, name: str | None = None) -> Record | None:
         """Begin an upgrade, to the candidate `name` or to the greatest; return its record, or None if nothing is newer.
@@ -208,8 +191,7 @@ class Upgrader:
     def stop(self) -> None:
         """Take no more requests; end an upgrade that is under way, and its successor."""
         with self._claim_lock:
-            self.is_stopping = True
-        self._stop_in.send(b"\0")
+            self._stop.ask()
         self._idle.wait()
 
     @property
@@ -226,7 +208,7 @@ class Upgrader:
     def _claim(self, kind: str, **fields: Any) -> Record:
         self._wait_for_handover()
         with self._claim_lock:
-            if self.is_stopping:
+            if self._stop.is_asked:
                 raise NotNowError("The service is stopping: ask again when it has started.")
             current = self._journal.current()
             try:
@@ -267,10 +249,10 @@ class Upgrader:
 
     def _drive_back(self, channel: system.Channel, pid: int) -> None:
         """Hand over to the original process, or serve on as the process that this one is."""
-        self._successor = original = Original(self._program.version, self._settings, self._binds)
+        self._successor = original = Original(self._program.version, self._settings, self._frontend.binds)
         try:
-            hello = self._hello(self._generation, self._program.sha256, self._listeners)
-            original.call(channel, pid, hello, len(self._listeners), self._stop_out.fileno())
+            hello = self._hello(self._generation, self._program.sha256, self._frontend.listeners)
+            original.call(channel, pid, hello, len(self._frontend.listeners), self._stop.fileno())
             original.wait_for_standby()
             self._pass_on(original, self._lifecycle.step, probation=0)  # this release has passed its trial
             self._lifecycle.step(Event.BLESSED)
@@ -327,8 +309,8 @@ class Upgrader:
         finally:
             self._journal.unfollow(follower)
         if self._comes_back:
-            hello = self._hello(self._generation + 1, release.sha256, self._listeners)
-            self.comeback = successor.bless_to_hand_back(hello, len(self._listeners))
+            hello = self._hello(self._generation + 1, release.sha256, self._frontend.listeners)
+            self.comeback = successor.bless_to_hand_back(hello, len(self._frontend.listeners))
         else:
             successor.bless()
 
@@ -355,7 +337,7 @@ class Upgrader:
                 "handover-bind",
                 "stop what listens there, or give another one with -upgrade-bind",
             ) from error
-        successor = self._spawn(candidate, upgrade_bind, self._listeners)
+        successor = self._spawn(candidate, upgrade_bind, self._frontend.listeners)
         if not successor.shares_listener:
             self._check_can_bind(candidate.release.name)
             _log.info("the successor speaks the plain protocol, and is started again without the listeners")
@@ -370,7 +352,7 @@ class Upgrader:
         A service manager keeps a copy of what it passed on: nobody could bind that address, nor this process
         again, once it has let go of the socket.
         """
-        passed = [listener.address for listener in self._listeners if not listener.is_own]
+        passed = [listener.address for listener in self._frontend.listeners if not listener.is_own]
         if passed:
             raise UpgradeError(
                 f"{name} speaks the plain protocol, and cannot bind what the service manager holds: "
@@ -381,11 +363,12 @@ class Upgrader:
 
     def _spawn(self, candidate: Candidate, upgrade_bind: Address, shared: Sequence[Listener]) -> Started:
         assert candidate.release is not None
-        successor = Started(candidate.release, str(candidate.version), self._settings, self._binds, upgrade_bind)
+        binds = self._frontend.binds
+        successor = Started(candidate.release, str(candidate.version), self._settings, binds, upgrade_bind)
         self._successor = successor
         successor.on_log = lambda: self._journal.note(log=successor.log)
         hello = self._hello(self._generation + 1, candidate.release.sha256, shared)
-        successor.start(shared, self._lock_fd, hello, os.environ, self._stop_out.fileno())
+        successor.start(shared, self._lock_fd, hello, os.environ, self._stop.fileno())
         _log.info("started a successor", extra={"successor": successor.pid, "release": str(candidate.release.path)})
         successor.wait_for_standby()
         return successor
@@ -407,7 +390,7 @@ class Upgrader:
         if successor.shares_listener:
             self._server.pause(self._settings.drain)
         else:
-            for listener in self._listeners:
+            for listener in self._frontend.listeners:
                 listener.remove()
             self._server.release(self._settings.drain)
         successor.replace()
@@ -470,7 +453,7 @@ class Upgrader:
         bound: dict[Address, Listener] = {}
         has_said = False
         while True:
-            for address in self._binds:
+            for address in self._frontend.binds:
                 if address in bound:
                     continue
                 try:
@@ -482,11 +465,11 @@ class Upgrader:
                 else:
                     self._server.accept(*(listener.sock for listener in bound.values()))
                     _log.info("serving again", extra={"bind": str(address)})
-            if len(bound) == len(self._binds):
+            if len(bound) == len(self._frontend.binds):
                 break
-            if ready([self._stop_out.fileno()], time.monotonic() + self._settings.limits.poll_interval):
+            if ready([self._stop.fileno()], time.monotonic() + self._settings.limits.poll_interval):
                 return
-        self._listeners = tuple(bound[address] for address in self._binds)
+        self._frontend.open([bound[address] for address in self._frontend.binds])
 
     def _stop_both(self, upgrade_id: str | None, error: StopRequestedError) -> None:
         """End the successor first, which answers what it has accepted; then this process takes what still waits."""
@@ -507,5 +490,5 @@ class Upgrader:
             self._successor.end(grace)
 
     def _raise_if_stopping(self) -> None:
-        if self.is_stopping:
+        if self._stop.is_asked:
             raise StopRequestedError("a stop signal arrived")
