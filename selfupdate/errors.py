@@ -70,6 +70,10 @@ class NotEligibleError(ChoiceError):
     """An upgrade was asked for by the name of a candidate that is not eligible."""
 
 
+class BadRequestError(SelfUpdateError):
+    """A request says something that its route does not take: mend it, and ask again."""
+
+
 class NotNowError(SelfUpdateError):
     """The process starts no upgrade in its present phase: ask again later."""
 

@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from selfupdate.journal import Journal, Record
     from selfupdate.server import Server
 
-NO_ROUTE = "none"
-"""The route of what was refused before it was routed."""
-OTHER = "other"
+_OTHER = "other"
 """What a client may call as it likes, and is not known."""
-
 _METHODS = {"GET", "HEAD", "POST"}
 _KINDS = ("upgrade", "rollback")
 _OUTCOMES = ("committed", "rolled-back", "aborted", "interrupted")
@@ -82,8 +79,8 @@ class Metrics:
         journal.follow_ends(self.ended)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request: its `route` is a pattern of the service, or NO_ROUTE, or OTHER."""
-        method = method if method in _METHODS else OTHER
+        """Count a request: its `route` is a pattern of the service, or says that it has none."""
+        method = method if method in _METHODS else _OTHER
         known = self._requests.get((route, method, status))
         if known is None:
             known = _REQUESTS.key(route=route, method=method, status=str(status)), _LATENCY.of(route=route)

@@ -61,9 +61,10 @@ class Server:
     ) -> None:
         """Start the loop of a server that does not accept yet; `name` is for its threads.
 
-        The application's answer to a GET of a path that is `at_hand` waits for nothing and takes next to no time.
+        The application's answer to a GET of a path that is `at_hand`, which may become more, waits for nothing and
+        takes next to no time.
         """
-        self._at_hand = frozenset(at_hand)
+        self._at_hand = at_hand
         self.limits = limits
         self.ends_connections = False
         """Whether each connection is closed behind its next answer."""

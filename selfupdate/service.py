@@ -1,4 +1,8 @@
-"""A whole service, put together: from the settings to the exit status."""
+"""A whole service, put together: from the settings to the exit status.
+
+In two parts. First comes what must be there before anybody can be served, or handed over to;
+then the rest, while the first requests are being answered.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,7 @@ from typing import TYPE_CHECKING
 from selfupdate import __version__, log, program, settings, signals, system, versions
 from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
-from selfupdate.app import AT_HAND, App
-from selfupdate.candidates import Scanner
-from selfupdate.company import Company
-from selfupdate.counters import Counters
+from selfupdate.app import App
 from selfupdate.errors import (
     CandidateError,
     IllegalTransitionError,
@@ -33,6 +34,7 @@ from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.manager import Manager
+from selfupdate.presence import Presence
 from selfupdate.program import Program
 from selfupdate.recovery import recover, settle
 from selfupdate.releases import Store
@@ -40,15 +42,15 @@ from selfupdate.server import Server
 from selfupdate.signals import Signals
 from selfupdate.state import StateDirectory
 from selfupdate.stop import Stop
-from selfupdate.trust import Trust
-from selfupdate.upgrade import Upgrader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from selfupdate.company import Company
     from selfupdate.listener import Address, Listener
-    from selfupdate.messages import Request, Response
     from selfupdate.settings import Settings
+    from selfupdate.trust import Trust
+    from selfupdate.upgrade import Upgrader
 
 _log = logging.getLogger(__name__)
 
@@ -136,37 +138,51 @@ class _Service:
         self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
         limits = replace(given.limits, connections=system.make_room(given.limits.connections))
         self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)), limits=limits)
-        self._server = Server("http", self._respond, given.limits, AT_HAND)
         self._stop_request = Stop()
         self._frontend = Frontend(given.bind)
-        self._trust = Trust(given, self._store, self._stop_request.fileno())
-        self._compose()
-        self._company = Company(
-            self._frontend, self._server, self._signals, self._manager, self._state, given.limits.health_time
-        )
+        self._presence = Presence(__version__, self._generation, self._lifecycle, self._stop_request)
+        names = {*(bind.host.lower() for bind in given.bind), *(given.allowed_hosts or ())}
+        self._app = App(Gate(self._token), names, self._presence.routes)
+        self._server = Server("http", self._app.respond, given.limits, self._app.at_hand)
+        self._server.follow(self._app.answered)
         self._follow()
         self._standby: Standby | None = None
+        self._trust: Trust
+        self._upgrader: Upgrader
+        self._company: Company
 
-    def _compose(self) -> None:
-        """Put together what answers and what upgrades, of the nouns that are there."""
+    def _complete(self) -> None:
+        """Put together the rest: what upgrades, and what tells of it."""
+        from selfupdate.api import AT_HAND, Api
+        from selfupdate.candidates import Scanner
+        from selfupdate.company import Company
+        from selfupdate.counters import Counters
+        from selfupdate.events import Feed
+        from selfupdate.metrics import Metrics
+        from selfupdate.standing import Standing
+        from selfupdate.trust import Trust
+        from selfupdate.upgrade import Upgrader
+
+        given, stop_fd = self._settings, self._stop_request.fileno()
+        self._trust = Trust(given, self._store, stop_fd)
         scanner = Scanner(
-            self._settings.upgrade_dir,
+            given.upgrade_dir,
             self._store,
             self._trust,
             running=versions.parse(__version__),
             running_sha256=lambda: self._program.sha256,
             floor=self._floor,
-            allow=self._settings.allow,
+            allow=given.allow,
             fault_of=self._journal.fault_of,
             needed=self._needed_releases,
             fault=self._fault,
-            stop_fd=self._stop_request.fileno(),
-            limits=self._settings.limits,
+            stop_fd=stop_fd,
+            limits=given.limits,
         )
         self._upgrader = Upgrader(
             program=self._program,
             generation=self._generation,
-            settings=self._settings,
+            settings=given,
             lifecycle=self._lifecycle,
             journal=self._journal,
             scanner=scanner,
@@ -180,21 +196,39 @@ class _Service:
             on_retired=lambda: self._signals.wake(signals.RETIRED),
             on_stop=lambda: self._signals.wake(signals.STOP),
         )
-        self._app = App(
-            program=self._program,
+        self._company = Company(
+            self._frontend,
+            self._server,
+            self._signals,
+            self._manager,
+            self._state,
+            given.limits.health_time,
+        )
+        standing = Standing(
+            self._program, self._generation, self._lifecycle, self._journal, self._trust, self._frontend
+        )
+        metrics = Metrics(
+            version=__version__,
             generation=self._generation,
-            settings=self._settings,
             lifecycle=self._lifecycle,
             journal=self._journal,
             scanner=scanner,
-            upgrader=self._upgrader,
-            trust=self._trust,
-            gate=Gate(self._token),
             server=self._server,
-            frontend=self._frontend,
-            stop=self._stop_request,
             counters=Counters(None if self._fault else self._state.path),
         )
+        wake, limit = self._server.advance_streams, given.limits.listeners
+        api = Api(
+            version=__version__,
+            settings=given,
+            standing=standing,
+            journal=self._journal,
+            scanner=scanner,
+            upgrader=self._upgrader,
+            frontend=self._frontend,
+            feed=Feed(self._journal, self._lifecycle, standing.as_json, wake, limit),
+            metrics=metrics,
+        )
+        self._app.complete(api.routes, AT_HAND, metrics.answered)
 
     def _follow(self) -> None:
         """Have the service manager told what happens."""
@@ -221,7 +255,7 @@ class _Service:
                 lifecycle=self._lifecycle,
                 journal=self._journal,
                 places=self._places,
-                health=self._app.health,
+                health=self._presence.health,
                 accept=self._accept,
                 on_settled=self._signals.wake,
             )
@@ -230,9 +264,12 @@ class _Service:
             except StartError as error:
                 if not self._incumbent.comes_back:
                     raise
+                self._complete()
                 return self._give_up(error)
+            self._complete()
         else:
             self._accept(listeners.listen(self._places))
+            self._complete()
             self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
@@ -363,9 +400,6 @@ class _Service:
             raise StartError(f"{what}, and signatures are not checked; give -allowed-signers FILE")
         if self._token is None:
             raise StartError(f"{what}; give the token that a POST must bear with -token-file FILE")
-
-    def _respond(self, request: Request) -> Response:
-        return self._app.respond(request)
 
     def _accept(self, found: Sequence[Listener]) -> None:
         self._frontend.open(found)

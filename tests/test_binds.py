@@ -30,13 +30,13 @@ QUICK = ("-probation", "300ms", "-drain", "10s")
 TRIAL = ("-probation", "20s", "-drain", "10s")
 
 _FAILS_ON_TRIAL = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers and request.path == "/healthz":
+    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers:
         return messages.problem(500, "Out of order.")
-    return respond(self, request)
-app.App.respond = answer
+    return health(self, request)
+presence.Presence._health = answer
 """
 
 

@@ -97,21 +97,21 @@ if "-upgrade" in sys.argv:
     sys.exit(3)
 """
 _FAILS_ON_TRIAL = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else respond(self, request)
-app.App.respond = answer
+    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else health(self, request)
+presence.Presence._health = answer
 """
 _SUCCESSOR_FAILS = {
     Phase.STARTING: _FAILS_TO_START,
     Phase.ABORTING: _FAILS_TO_START,
     Phase.PROBING: """
-from selfupdate import app, messages
-health = app.App.health
+from selfupdate import messages, presence
+health = presence.Presence.health
 def answer(self):
     return messages.json_response({}, 503) if self._lifecycle.phase == "STANDBY" else health(self)
-app.App.health = answer
+presence.Presence.health = answer
 """,
     Phase.REPLACING: """
 from selfupdate import incumbent, messages

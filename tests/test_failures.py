@@ -90,8 +90,8 @@ def test_it_never_stands_by(site: Site, then: str, reason: str) -> None:
 
 
 HEALTH = """
-from selfupdate import app, messages
-app.App.health = lambda self: messages.json_response({}, 503)
+from selfupdate import messages, presence
+presence.Presence.health = lambda self: messages.json_response({}, 503)
 """
 OTHER_VERSION = """
 import sys
@@ -108,13 +108,13 @@ from selfupdate import incumbent, messages
 incumbent.Standby._take_over = lambda self: messages.problem(503, "Not in the mood.")
 """
 ANSWERS_500 = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers and request.path == "/healthz":
+    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers:
         return messages.problem(500, "Out of order.")
-    return respond(self, request)
-app.App.respond = answer
+    return health(self, request)
+presence.Presence._health = answer
 """
 LEAVES_ON_TRIAL = """
 import os, signal

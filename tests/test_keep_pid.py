@@ -64,8 +64,8 @@ def refuse(*_):
 os.execve = refuse
 """
 _IS_UNHEALTHY = """
-from selfupdate import app, incumbent, messages
-init, health = incumbent.Incumbent.__init__, app.App.health
+from selfupdate import incumbent, messages, presence
+init, health = incumbent.Incumbent.__init__, presence.Presence.health
 returned = []
 def begin(self, environ):
     init(self, environ)
@@ -73,7 +73,7 @@ def begin(self, environ):
 def answer(self):
     bad = returned == [True] and self._lifecycle.phase == {phase!r}
     return messages.json_response({{}}, 503) if bad else health(self)
-incumbent.Incumbent.__init__, app.App.health = begin, answer
+incumbent.Incumbent.__init__, presence.Presence.health = begin, answer
 """
 
 # Asks for health only when a request is under way.

@@ -304,12 +304,11 @@ if "-upgrade" in sys.argv:
     sys.exit(3)
 """
 _FAILS_ON_TRIAL = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    is_bad = self._lifecycle.phase == "TRIAL" and request.path == "/healthz"
-    return messages.problem(500, "Out of order.") if is_bad else respond(self, request)
-app.App.respond = answer
+    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else health(self, request)
+presence.Presence._health = answer
 """
 
 
@@ -459,8 +458,8 @@ def test_no_number_falls_when_a_process_is_killed_on_trial(
 
 
 _IS_UNHEALTHY_ON_RETURN = """
-from selfupdate import app, incumbent, messages
-init, health = incumbent.Incumbent.__init__, app.App.health
+from selfupdate import incumbent, messages, presence
+init, health = incumbent.Incumbent.__init__, presence.Presence.health
 returned = []
 def begin(self, environ):
     init(self, environ)
@@ -468,7 +467,7 @@ def begin(self, environ):
 def answer(self):
     bad = returned == [True] and self._lifecycle.phase == "TRIAL"
     return messages.json_response({}, 503) if bad else health(self)
-incumbent.Incumbent.__init__, app.App.health = begin, answer
+incumbent.Incumbent.__init__, presence.Presence.health = begin, answer
 """
 
 

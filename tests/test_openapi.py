@@ -189,7 +189,7 @@ def test_all_that_is_defined_is_used() -> None:
 @pytest.mark.slow
 def test_each_route_is_in_the_document_and_each_of_the_document_is_a_route(start: Callable[..., Service]) -> None:
     """The paths are those that the routes are made of; each takes the methods that the document gives it."""
-    texts = _texts(_tree(PACKAGE / "app.py"))
+    texts = {text for module in ("app", "api", "presence") for text in _texts(_tree(PACKAGE / f"{module}.py"))}
     spelled = {text for text in texts if re.fullmatch("/[a-z.]*", text)}
     assert {*spelled, "/upgrades/{id}"} == set(CONTRACT["paths"])
     service = start()

@@ -51,11 +51,11 @@ _CALLS = {
 }
 
 _GOES_BAD = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else respond(self, request)
-app.App.respond = answer
+    return messages.problem(500, "Out of order.") if self._lifecycle.phase == "TRIAL" else health(self, request)
+presence.Presence._health = answer
 """
 
 INCUMBENT, SUCCESSOR, BOTH = "incumbent", "successor", "both"

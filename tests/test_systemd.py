@@ -44,11 +44,11 @@ def hang(self, listener, count):
 server.Server._accept_waiting = hang
 """
 IS_UNHEALTHY_ON_TRIAL = """
-from selfupdate import app, messages
-health = app.App.health
+from selfupdate import messages, presence
+health = presence.Presence.health
 def answer(self):
     return messages.problem(503, "Out of order.") if self._lifecycle.phase == "TRIAL" else health(self)
-app.App.health = answer
+presence.Presence.health = answer
 """
 
 

@@ -611,17 +611,17 @@ def test_it_cannot_be_executed_here(scene: Scene, kind: str) -> None:
 # What it does as a successor.
 
 _OTHER_PROCESS = """
-from selfupdate import app, messages
-app.App.health = lambda self: messages.json_response({"status": "ok", "version": "2.0.0", "pid": 1})
+from selfupdate import messages, presence
+presence.Presence.health = lambda self: messages.json_response({"status": "ok", "version": "2.0.0", "pid": 1})
 """
 _ANSWERS_500 = """
-from selfupdate import app, messages
-respond = app.App.respond
+from selfupdate import messages, presence
+health = presence.Presence._health
 def answer(self, request):
-    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers and request.path == "/healthz":
+    if self._lifecycle.phase == "TRIAL" and "user-agent" not in request.headers:
         return messages.problem(500, "Out of order.")
-    return respond(self, request)
-app.App.respond = answer
+    return health(self, request)
+presence.Presence._health = answer
 """
 _DIES_LATER = """
 import os, sys, threading
