@@ -84,8 +84,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.wfile = io.BytesIO()  # the parser itself writes nothing: see handle_expect_100 and send_error
         self._server = server
-        self.is_watched = False
-        """Whether the loop's selector has it."""
         self._fields: Fields
         self._received = bytearray()
         self._end = float("inf")

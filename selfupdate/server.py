@@ -5,9 +5,9 @@ listeners, and the next request on each open connection. It answers what the
 application has at hand. With any other request that is complete, a connection
 goes to one of a fixed number of workers, which parses it, calls the application,
 writes the answer, and gives the connection back. So neither an idle connection
-nor a slow client costs a thread. The loop alone owns the set of connections;
-others ask it to act by `_call`, and wait for it. It also sends what streams have
-to say, and waits for none that listens.
+nor a slow client costs a thread. The loop alone owns the connections; others ask
+it to act by `_call`, and wait for it. It also sends what streams have to say, and
+waits for none that listens.
 
 Pausing means: no connection is accepted, and each open one is closed behind its
 next answer, which says so (`Connection: close`). What `http.server` does by
@@ -24,6 +24,7 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import queue
 import selectors
 import socket
@@ -32,6 +33,7 @@ import time
 from typing import TYPE_CHECKING
 
 from selfupdate.connection import Connection
+from selfupdate.crowd import Crowd
 from selfupdate.listener import BACKLOG
 from selfupdate.messages import Request, Response, problem
 
@@ -80,19 +82,14 @@ class Server:
         self._wake_out.setblocking(False)
         self._selector.register(self._wake_out, selectors.EVENT_READ)
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
-        # Connections by where they are; each dict is in the order of its deadlines.
-        self._idle: dict[Connection, float] = {}
-        self._beginning: dict[Connection, float] = {}
-        self._busy: set[Connection] = set()
-        self._lingering: dict[Connection, float] = {}
-        self._streams: set[Connection] = set()
-        self._next_sign_of_life: float | None = None
-        self._drain_deadline: float | None = None
+        self._crowd = Crowd(self._selector, limits)
+        # When something is due, of `time.monotonic()`.
+        self._drain_deadline = math.inf
+        self._no_room_until = math.inf
+        self._next_beat = math.inf
         self._drained = False
-        self._no_room_until: float | None = None
-        self._beat: Callable[[], None] | None = None
+        self._beat: Callable[[], None] = lambda: None
         self._beat_interval = 0.0
-        self._next_beat: float | None = None
         self._empty = threading.Event()
         self._empty.set()
         self._stopped = False
@@ -162,13 +159,7 @@ class Server:
 
     def connections(self) -> dict[str, int]:
         """Return how many connections are open, by what they wait for; from any thread."""
-        return {
-            "idle": len(self._idle),
-            "receiving": len(self._beginning),
-            "busy": len(self._busy),
-            "streaming": len(self._streams),
-            "closing": len(self._lingering),
-        }
+        return self._crowd.count()
 
     def wait_until_empty(self) -> None:
         """Wait until the last connection has ended; after `pause`, that has a bound."""
@@ -187,9 +178,7 @@ class Server:
         self._empty.wait(max(0.0, deadline - time.monotonic()))
 
         def stop() -> None:
-            self._drop_waiting()
-            self._cut_beginning()
-            self._cut_busy()
+            self._crowd.cut()
             self._stopped = True
 
         self._call(stop)
@@ -240,19 +229,12 @@ class Server:
                 elif self._accepting and isinstance(key.fileobj, socket.socket):
                     self._accept_waiting(key.fileobj, _ACCEPTS_AT_ONCE)
             self._expire(time.monotonic())
-            if not self._open_connections():
+            if not self._crowd:
                 self._empty.set()
 
-    def _open_connections(self) -> int:
-        waiting = len(self._idle) + len(self._beginning) + len(self._lingering)
-        return waiting + len(self._busy) + len(self._streams)
-
     def _timeout(self) -> float | None:
-        all_waiting = (self._idle, self._beginning, self._lingering)
-        deadlines = [next(iter(waiting.values())) for waiting in all_waiting if waiting]
-        others = (self._drain_deadline, self._no_room_until, self._next_beat, self._next_sign_of_life)
-        deadlines += [at for at in others if at is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        due = min(self._crowd.next_deadline(), self._drain_deadline, self._no_room_until, self._next_beat)
+        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def _call(self, act: Callable[[], None]) -> None:
         """Have the loop `act`, and wait until it has."""
@@ -288,8 +270,8 @@ class Server:
             listener.listen(BACKLOG)  # whoever shared it may have called shutdown(2)
         self.ends_connections = False
         self._drained = False
-        self._drain_deadline = None
-        self._no_room_until = None
+        self._drain_deadline = math.inf
+        self._no_room_until = math.inf
         if not self._accepting:
             self._accepting = True
             for listener in self._listeners:
@@ -300,16 +282,7 @@ class Server:
             for listener in self._listeners:
                 self._selector.unregister(listener)
         self._accepting = False
-        self._no_room_until = None
-
-    def _has_room(self) -> bool:
-        """Tell whether one more connection may be accepted; one that is merely kept alive makes room for it."""
-        if self._open_connections() < self.limits.connections:
-            return True
-        silent = next((connection for connection in self._idle if not connection.has_input()), None)
-        if silent is not None:
-            self._drop(silent, self._idle)
-        return silent is not None
+        self._no_room_until = math.inf
 
     def _wait_for_room(self) -> None:
         self._accept_no_more()
@@ -320,14 +293,14 @@ class Server:
             self._listeners.pop().close()
 
     def _accept_all_that_wait(self) -> None:
-        if self._accepting or self._no_room_until is not None:
+        if self._accepting or self._no_room_until < math.inf:
             for listener in tuple(self._listeners):
                 self._accept_waiting(listener, None)
 
     def _accept_waiting(self, listener: socket.socket, count: int | None) -> None:
         """Accept at most `count` connections, as long as there is room; without `count`, all that wait."""
         while count is None or count > 0:
-            if count is not None and not self._has_room():
+            if count is not None and not self._crowd.has_room(self.limits.connections):
                 self._wait_for_room()
                 return
             try:
@@ -360,58 +333,37 @@ class Server:
         if connection.collect():
             self._serve(connection)
         else:
-            self._wait_for_more(connection, is_new=True)
+            self._crowd.put(connection, self._crowd.receiving)
 
-    def _watch(self, connection: Connection) -> None:
-        if not connection.is_watched:
-            self._selector.register(connection, selectors.EVENT_READ)
-            connection.is_watched = True
-
-    def _unwatch(self, connection: Connection) -> None:
-        if connection.is_watched:
-            self._selector.unregister(connection)
-            connection.is_watched = False
-
-    def _close(self, connection: Connection) -> None:
-        self._unwatch(connection)
-        connection.close()
-
-    def _wait_for_more(self, connection: Connection, *, is_new: bool = False) -> None:
-        self._watch(connection)
-        if is_new or connection.has_begun:
-            self._beginning[connection] = time.monotonic() + self.limits.request_time
-        else:
-            self._idle[connection] = time.monotonic() + self.limits.idle_time
+    def _wait_for_more(self, connection: Connection) -> None:
+        self._crowd.put(connection, self._crowd.receiving if connection.has_begun else self._crowd.idle)
 
     def _attend_to(self, connection: Connection, events: int) -> None:
         """Do what can be done now for a connection on which something has arrived, or may be sent."""
-        deadline = self._lingering.get(connection)
-        if connection in self._streams:
+        crowd = self._crowd
+        waits_for = crowd.where.get(connection)
+        if waits_for is crowd.idle or waits_for is crowd.receiving:
+            if connection.collect():
+                self._serve(connection)
+            elif waits_for is crowd.idle:  # else its time goes on
+                self._wait_for_more(connection)
+        elif waits_for is crowd.streaming:
             if events & selectors.EVENT_READ and connection.has_left():
-                self._drop_stream(connection)
+                crowd.drop(connection)
             elif events & selectors.EVENT_WRITE:
                 self._advance(connection)
-        elif deadline is not None:
-            self._finish(connection, deadline)
-        elif connection in self._beginning:  # its time goes on
-            if connection.collect():
-                del self._beginning[connection]
-                self._serve(connection)
-        elif self._idle.pop(connection, None) is not None:  # else it was dropped since the selector saw it
-            if connection.collect():
-                self._serve(connection)
-            else:
-                self._wait_for_more(connection)
+        elif waits_for is crowd.closing and connection.has_left():  # else it was dropped since the selector saw it
+            crowd.drop(connection)
 
     def _serve(self, connection: Connection) -> None:
         """Answer what has arrived at once, if its answer is at hand; leave all else to a worker."""
         if connection.is_over:
-            self._close(connection)
+            self._crowd.drop(connection)
             return
         try:
             is_served = connection.serve_at_once()
         except OSError:  # the client has gone
-            self._close(connection)
+            self._crowd.drop(connection)
             return
         except Exception:  # noqa: BLE001 - as in _work
             _log.exception("a connection met a defect")
@@ -419,97 +371,55 @@ class Server:
         if not is_served:
             self._hand_to_worker(connection)
         elif connection.close_connection or self._drained:
-            self._linger(connection)
+            self._crowd.part_from(connection)
         else:
             self._wait_for_more(connection)
 
     def _hand_to_worker(self, connection: Connection) -> None:
-        self._unwatch(connection)
-        self._busy.add(connection)
-        if self._workers < min(len(self._busy), self.limits.threads):  # each that there is may have something to do
+        self._crowd.put(connection, self._crowd.busy)
+        # Each worker that there is may have something to do.
+        if self._workers < min(len(self._crowd.busy), self.limits.threads):
             threading.Thread(target=self._work, name=f"{self._name}-{self._workers}", daemon=True).start()
             self._workers += 1
         self._ready.put(connection)
 
-    def _finish(self, connection: Connection, deadline: float) -> None:
-        """Read what a client sends after the last answer; close when it does, or at `deadline`."""
-        try:
-            while connection.connection.recv(65536):
-                pass
-        except BlockingIOError:
-            self._lingering[connection] = deadline
-            return
-        except OSError:
-            pass
-        self._lingering.pop(connection, None)
-        self._close(connection)
-
     def _give_back(self, connection: Connection, *, lives: bool) -> None:
-        self._busy.discard(connection)
         if self._stopped:
-            connection.close()
-        elif lives and not self._drained:
-            connection.connection.setblocking(False)
+            self._crowd.drop(connection)
+            return
+        connection.connection.setblocking(False)
+        if lives and not self._drained:
             self._wait_for_more(connection)
         elif connection.stream is not None:
             self._begin_stream(connection)
         else:
-            self._linger(connection)
-
-    def _linger(self, connection: Connection) -> None:
-        """Wait until the client has closed, too, unless nothing can come from it."""
-        connection.connection.setblocking(False)
-        if connection.ends_with_client:
-            self._close(connection)
-            return
-        # A close(2) with unread input resets the connection, and the client may lose the answer.
-        with contextlib.suppress(OSError):
-            connection.connection.shutdown(socket.SHUT_WR)
-        self._watch(connection)
-        self._finish(connection, time.monotonic() + self.limits.linger_time)
+            self._crowd.part_from(connection)
 
     def _expire(self, now: float) -> None:
-        for waiting in (self._idle, self._lingering):
-            while waiting and (first := next(iter(waiting.items())))[1] <= now:
-                self._drop(first[0], waiting)
-        while self._beginning and (first := next(iter(self._beginning.items())))[1] <= now:
-            if first[0].has_begun:
-                del self._beginning[first[0]]
-                self._hand_to_worker(first[0])
-            else:
-                self._drop(first[0], self._beginning)
-        if self._drain_deadline is not None and self._drain_deadline <= now:
-            self._drain_deadline = None
+        for connection in self._crowd.expired(now):
+            self._end_wait(connection)
+        if self._drain_deadline <= now:
+            self._drain_deadline = math.inf
             self._drained = True
-            self._drop_waiting()
-            if not self._closing:
-                self._cut_beginning()
-                self._cut_busy()
-        if self._next_sign_of_life is not None and self._next_sign_of_life <= now:
-            self._give_signs_of_life(now)
-        if self._no_room_until is not None and self._no_room_until <= now:
+            if self._closing:
+                self._crowd.drop_silent()
+            else:
+                self._crowd.cut()
+        if self._no_room_until <= now:
             self._resume()
-        if self._beat and self._next_beat is not None and self._next_beat <= now:
+        if self._next_beat <= now:
             self._beat()
             self._next_beat = now + self._beat_interval
 
-    def _drop(self, connection: Connection, waiting: dict[Connection, float]) -> None:
-        del waiting[connection]
-        self._close(connection)
-
-    def _drop_waiting(self) -> None:
-        for waiting in (self._idle, self._lingering):
-            for connection in list(waiting):
-                self._drop(connection, waiting)
-
-    def _cut_beginning(self) -> None:
-        for connection in list(self._beginning):
-            self._drop(connection, self._beginning)
-
-    def _cut_busy(self) -> None:
-        for connection in self._busy:  # its worker finds the connection ended, and gives it back
-            with contextlib.suppress(OSError):
-                connection.connection.shutdown(socket.SHUT_RDWR)
+    def _end_wait(self, connection: Connection) -> None:
+        """Do what is due for a connection whose time is over."""
+        waits_for = self._crowd.where[connection]
+        if waits_for is self._crowd.streaming:
+            self._show_life(connection)
+        elif waits_for is self._crowd.receiving and connection.has_begun:
+            self._hand_to_worker(connection)
+        else:
+            self._crowd.drop(connection)
 
     def _begin_close(self) -> None:
         """Take what waits, close the listeners, and let each client that is about to ask get its answer.
@@ -527,55 +437,45 @@ class Server:
     # The loop's, of streams.
 
     def _begin_stream(self, connection: Connection) -> None:
-        connection.connection.setblocking(False)
-        self._watch(connection)
-        self._streams.add(connection)
-        if self._next_sign_of_life is None:
-            self._next_sign_of_life = time.monotonic() + self.limits.sign_of_life_interval
+        self._crowd.put(connection, self._crowd.streaming)
         self._advance(connection)
         if self.ends_connections:
             self._end_stream(connection)
 
     def _advance_streams(self) -> None:
-        for connection in tuple(self._streams):
+        for connection in tuple(self._crowd.streaming):
             self._advance(connection)
 
     def _advance(self, connection: Connection) -> None:
         try:
             is_all = connection.advance()
         except OSError:
-            self._drop_stream(connection)
+            self._crowd.drop(connection)
         else:
             self._selector.modify(connection, selectors.EVENT_READ if is_all else _STREAMING)
 
-    def _give_signs_of_life(self, now: float) -> None:
-        """Show each client that it is still served, and leave those that take nothing."""
-        for connection in tuple(self._streams):
-            if connection.beat():
-                self._advance(connection)
-            else:
-                self._drop_stream(connection)
-        self._next_sign_of_life = now + self.limits.sign_of_life_interval if self._streams else None
+    def _show_life(self, connection: Connection) -> None:
+        """Show the client that it is still served; drop it if it takes nothing."""
+        if connection.beat():
+            self._crowd.put(connection, self._crowd.streaming)
+            self._advance(connection)
+        else:
+            self._crowd.drop(connection)
 
     def _end_streams(self) -> None:
-        for connection in tuple(self._streams):
+        for connection in tuple(self._crowd.streaming):
             self._end_stream(connection)
 
     def _end_stream(self, connection: Connection) -> None:
-        if connection not in self._streams:  # the client has just left
+        if connection not in self._crowd.streaming:  # the client has just left
             return
         try:
             connection.end_stream()
         except OSError:
-            self._drop_stream(connection)
+            self._crowd.drop(connection)
             return
-        self._streams.discard(connection)
-        self._unwatch(connection)
-        self._linger(connection)
-
-    def _drop_stream(self, connection: Connection) -> None:
-        self._streams.discard(connection)
-        self._close(connection)
+        self._selector.modify(connection, selectors.EVENT_READ)
+        self._crowd.part_from(connection)
 
     # The workers' own.
 
