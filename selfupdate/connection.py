@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from selfupdate import log
 from selfupdate.head import LONGEST_LINE, Fields, end_of, is_too_large, is_well_formed, length_of_body
-from selfupdate.messages import SAFETY_HEADERS, SIGN_OF_LIFE, Request, Response, problem
+from selfupdate.messages import SAFETY_HEADERS, Request, Response, problem
 
 if TYPE_CHECKING:
     from selfupdate.messages import Stream
@@ -92,13 +92,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.stream: Stream | None = None
         """What goes on being said, once its answer has begun."""
         self._unsent = b""
-        """What the client has not taken of the last answer, or of the stream."""
+        """What the client has not taken of the last answer."""
         self._waits_to_send = True
         """Whether an answer is waited with until the client has taken it, as a worker may, and the loop may not."""
         self._says_last = False
         """Whether the client said that it sends no request behind the last one."""
-        self._has_taken = True
-        """Whether it has taken anything of the stream since the last sign of life."""
         self._began = 0.0
         """When the request was taken up; of `time.monotonic()`."""
 
@@ -352,7 +350,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         finally:
             self._note(response.status)
         if self.command == "HEAD":
-            self._close_stream()
+            self.close_stream()
 
     def _note(self, status: int) -> None:
         """Log that a request was answered, at a level by how much that says: most lines are never written."""
@@ -375,50 +373,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(text)
         return b""
 
-    # A stream, which is the loop's part again.
+    # The loop's part again.
 
-    def advance(self) -> bool:
-        """Send what the stream has to say, as far as the client takes it now; tell whether that is all.
-
-        Raises OSError where the client has gone. What it has not taken has a bound: no more is asked for until then.
-        """
-        assert self.stream is not None
-        if not self._unsent:
-            self._unsent = self.stream.more()
-        if not self._unsent:
-            return True
-        self._send_some()
-        return False
-
-    def beat(self) -> bool:
-        """Have a sign of life to say where nothing else waits; tell whether the client has taken any since the last."""
-        is_well = self._has_taken or not self._unsent
-        self._has_taken = False
-        self._unsent = self._unsent or SIGN_OF_LIFE
-        return is_well
-
-    def end_stream(self) -> None:
-        """Say the last words of the stream, if the client takes them at once: it is told the rest when it comes back.
-
-        Raises OSError.
-        """
-        assert self.stream is not None
-        self._unsent += self.stream.farewell()
-        self._send_some()
-        self._close_stream()
-
-    def _send_some(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            taken = self.connection.send(self._unsent)
-            self._unsent = self._unsent[taken:]
-            self._has_taken = True
-
-    def _close_stream(self) -> None:
+    def close_stream(self) -> None:
+        """Say nothing more."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
 
     def close(self) -> None:
         """End the connection."""
-        self._close_stream()
+        self.close_stream()
         self.connection.close()

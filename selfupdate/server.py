@@ -6,8 +6,7 @@ application has at hand. With any other request that is complete, a connection
 goes to one of a fixed number of workers, which parses it, calls the application,
 writes the answer, and gives the connection back. So neither an idle connection
 nor a slow client costs a thread. The loop alone owns the connections; others ask
-it to act by `_call`, and wait for it. It also sends what streams have to say, and
-waits for none that listens.
+it to act by `_call`, and wait for it.
 
 Pausing means: no connection is accepted, and each open one is closed behind its
 next answer, which says so (`Connection: close`). What `http.server` does by
@@ -36,6 +35,7 @@ from selfupdate.connection import Connection
 from selfupdate.crowd import Crowd
 from selfupdate.listener import BACKLOG
 from selfupdate.messages import Request, Response, problem
+from selfupdate.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -46,7 +46,6 @@ _log = logging.getLogger(__name__)
 
 _ACCEPTS_AT_ONCE = 64
 """Connections accepted before the loop looks at the others again."""
-_STREAMING = selectors.EVENT_READ | selectors.EVENT_WRITE
 _NO_ROOM_TIME = 0.1
 """Seconds until accepting is tried again where there was no room: the kernel does not tell when there is."""
 
@@ -83,6 +82,7 @@ class Server:
         self._selector.register(self._wake_out, selectors.EVENT_READ)
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._crowd = Crowd(self._selector, limits)
+        self._streams = Streams(self._selector, self._crowd)
         # When something is due, of `time.monotonic()`.
         self._drain_deadline = math.inf
         self._no_room_until = math.inf
@@ -139,7 +139,7 @@ class Server:
 
     def advance_streams(self) -> None:
         """Have each stream say what is new; returns at once."""
-        self._post(self._advance_streams)
+        self._post(self._streams.advance_all)
 
     def beat(self, interval: float, act: Callable[[], None]) -> None:
         """Have the loop `act` every `interval` seconds, so that whoever misses that knows that it hangs."""
@@ -261,7 +261,7 @@ class Server:
         self._accept_no_more()
         self.ends_connections = True
         self._drain_deadline = time.monotonic() + drain
-        self._end_streams()
+        self._streams.end_all()
 
     def _resume(self) -> None:
         if not self._listeners or self._closing:
@@ -348,10 +348,7 @@ class Server:
             elif waits_for is crowd.idle:  # else its time goes on
                 self._wait_for_more(connection)
         elif waits_for is crowd.streaming:
-            if events & selectors.EVENT_READ and connection.has_left():
-                crowd.drop(connection)
-            elif events & selectors.EVENT_WRITE:
-                self._advance(connection)
+            self._streams.attend_to(connection, events)
         elif waits_for is crowd.closing and connection.has_left():  # else it was dropped since the selector saw it
             crowd.drop(connection)
 
@@ -391,7 +388,7 @@ class Server:
         if lives and not self._drained:
             self._wait_for_more(connection)
         elif connection.stream is not None:
-            self._begin_stream(connection)
+            self._streams.begin(connection, ends=self.ends_connections)
         else:
             self._crowd.part_from(connection)
 
@@ -415,7 +412,7 @@ class Server:
         """Do what is due for a connection whose time is over."""
         waits_for = self._crowd.where[connection]
         if waits_for is self._crowd.streaming:
-            self._show_life(connection)
+            self._streams.show_life(connection)
         elif waits_for is self._crowd.receiving and connection.has_begun:
             self._hand_to_worker(connection)
         else:
@@ -432,50 +429,7 @@ class Server:
         self._close_listeners()
         self.ends_connections = self._closing = True
         self._drain_deadline = time.monotonic() + self.limits.last_call_time
-        self._end_streams()
-
-    # The loop's, of streams.
-
-    def _begin_stream(self, connection: Connection) -> None:
-        self._crowd.put(connection, self._crowd.streaming)
-        self._advance(connection)
-        if self.ends_connections:
-            self._end_stream(connection)
-
-    def _advance_streams(self) -> None:
-        for connection in tuple(self._crowd.streaming):
-            self._advance(connection)
-
-    def _advance(self, connection: Connection) -> None:
-        try:
-            is_all = connection.advance()
-        except OSError:
-            self._crowd.drop(connection)
-        else:
-            self._selector.modify(connection, selectors.EVENT_READ if is_all else _STREAMING)
-
-    def _show_life(self, connection: Connection) -> None:
-        """Show the client that it is still served; drop it if it takes nothing."""
-        if connection.beat():
-            self._crowd.put(connection, self._crowd.streaming)
-            self._advance(connection)
-        else:
-            self._crowd.drop(connection)
-
-    def _end_streams(self) -> None:
-        for connection in tuple(self._crowd.streaming):
-            self._end_stream(connection)
-
-    def _end_stream(self, connection: Connection) -> None:
-        if connection not in self._crowd.streaming:  # the client has just left
-            return
-        try:
-            connection.end_stream()
-        except OSError:
-            self._crowd.drop(connection)
-            return
-        self._selector.modify(connection, selectors.EVENT_READ)
-        self._crowd.part_from(connection)
+        self._streams.end_all()
 
     # The workers' own.
 
