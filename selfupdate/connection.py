@@ -93,8 +93,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """What goes on being said, once its answer has begun."""
         self._unsent = b""
         """What the client has not taken of the last answer."""
-        self._waits_to_send = True
-        """Whether an answer is waited with until the client has taken it, as a worker may, and the loop may not."""
         self._says_last = False
         """Whether the client said that it sends no request behind the last one."""
         self._began = 0.0
@@ -166,33 +164,33 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def serve_at_once(self) -> bool:
         """Answer what has arrived, if that is one request whose answer is at hand; tell whether it was.
 
-        `close_connection` says whether the connection lives on. Raises OSError where the client has gone.
+        `close_connection` says whether the connection ends with that.
         """
         found = _COMMON.match(self._received)
         if found is None or found[1] == b"POST" or not self._server.is_at_hand(found[2].decode()):
             return False
         if self._end != len(self._received):
             return False  # more has arrived, which would keep the others waiting
-        self._waits_to_send = False
-        self._serve_one()
-        self._waits_to_send = True
+        try:
+            self._serve_one()
+        except OSError:  # the client has gone
+            self.close_connection = True
         return not self._unsent
 
     # A worker's part.
 
-    def serve(self) -> bool:
-        """Answer what has arrived; tell whether the connection lives on."""
+    def serve(self) -> None:
+        """Answer what has arrived, and wait for the client; `close_connection` says whether the connection ends."""
         try:
+            self.connection.settimeout(self._server.limits.send_time)
             if self._unsent:
                 self._unsent = self._send(self._unsent)
-                if self.close_connection or not self.has_request():
-                    return not self.close_connection
-            while True:
+            else:
                 self._serve_one()
-                if self.close_connection or not self.has_request():
-                    return not self.close_connection
+            while not self.close_connection and self.has_request():
+                self._serve_one()
         except OSError:  # the client has gone
-            return False
+            self.close_connection = True
 
     def _serve_one(self) -> None:
         self.close_connection = True
@@ -305,9 +303,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             try:
                 chunk = self.connection.recv(_CHUNK)
             except TimeoutError:
-                return
+                break
             self._has_ended = not chunk
             self._received += chunk
+        self.connection.settimeout(self._server.limits.send_time)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the parser refuses, as every other error is answered."""
@@ -364,12 +363,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
             _log.log(level, "answered", extra=said)
 
     def _send(self, text: bytes) -> bytes:
-        """Send `text`; return what the client does not take at once, where that is not to be waited for."""
-        if not self._waits_to_send:
+        """Send `text`; return what the client does not take at once, where that is not to be waited for.
+
+        A worker waits, and its socket with it; one that is the loop's does not block.
+        """
+        if self.connection.gettimeout() == 0:
             with contextlib.suppress(BlockingIOError):
                 return text[self.connection.send(text) :]
             return text
-        self.connection.settimeout(self._server.limits.send_time)
         self.connection.sendall(text)
         return b""
 

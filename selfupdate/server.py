@@ -359,14 +359,18 @@ class Server:
             return
         try:
             is_served = connection.serve_at_once()
-        except OSError:  # the client has gone
-            self._crowd.drop(connection)
-            return
         except Exception:  # noqa: BLE001 - as in _work
             _log.exception("a connection met a defect")
             is_served = connection.close_connection = True
-        if not is_served:
+        if is_served:
+            self._go_on(connection)
+        else:
             self._hand_to_worker(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Do what comes behind an answer."""
+        if connection.stream is not None:
+            self._streams.begin(connection, ends=self.ends_connections)
         elif connection.close_connection or self._drained:
             self._crowd.part_from(connection)
         else:
@@ -380,17 +384,12 @@ class Server:
             self._workers += 1
         self._ready.put(connection)
 
-    def _give_back(self, connection: Connection, *, lives: bool) -> None:
+    def _give_back(self, connection: Connection) -> None:
         if self._stopped:
             self._crowd.drop(connection)
-            return
-        connection.connection.setblocking(False)
-        if lives and not self._drained:
-            self._wait_for_more(connection)
-        elif connection.stream is not None:
-            self._streams.begin(connection, ends=self.ends_connections)
         else:
-            self._crowd.part_from(connection)
+            connection.connection.setblocking(False)
+            self._go_on(connection)
 
     def _expire(self, now: float) -> None:
         for connection in self._crowd.expired(now):
@@ -436,10 +435,10 @@ class Server:
     def _work(self) -> None:
         while (connection := self._ready.get()) is not None:
             try:
-                lives = connection.serve()
+                connection.serve()
             except Exception:  # noqa: BLE001 - whatever it was, the others are served
                 _log.exception("a connection met a defect")
-                lives = False
-            self._post(functools.partial(self._give_back, connection, lives=lives))
+                connection.close_connection = True
+            self._post(functools.partial(self._give_back, connection))
             if self._stopped:
                 self._run_calls()

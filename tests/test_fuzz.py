@@ -198,13 +198,16 @@ def converse(site: Site, pieces: deque[bytes], *, leaves: bool) -> bytes:
             if connection.collect():
                 if pieces:
                     client.sendall(pieces.popleft())
-                lives = not connection.close_connection if connection.serve_at_once() else connection.serve()
+                if not connection.serve_at_once():
+                    connection.serve()
+                lives = not connection.close_connection
                 answers += received(client)
         if lives and leaves:
             client.shutdown(socket.SHUT_WR)
             accepted.setblocking(False)
             while lives and connection.collect():
-                lives = connection.serve()
+                connection.serve()
+                lives = not connection.close_connection
         elif lives and connection.has_begun:  # its time is over
             connection.serve()
         answers += received(client)
