@@ -11,6 +11,7 @@ from service import PATIENCE
 from test_server import GET, read_all, read_one
 
 from selfupdate import listener as listeners
+from selfupdate.connection import Connection
 from selfupdate.listener import Address
 from selfupdate.messages import SIGN_OF_LIFE, Request, Response, json_response
 from selfupdate.server import Server
@@ -168,6 +169,27 @@ def test_a_stream_that_begins_while_the_server_ends_is_told_farewell(run: Callab
         site.server.pause(PATIENCE)
         client.sendall(LISTEN)
         assert read_all(client).endswith(b"begun\nfarewell\n")
+
+
+def test_behind_the_last_words_nobody_is_busy(run: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may be slow to close: that is waited for, and not asked again and again because more could be sent."""
+    looks: list[Connection] = []
+    has_left = Connection.has_left
+
+    def look(connection: Connection) -> bool:
+        looks.append(connection)
+        return has_left(connection)
+
+    monkeypatch.setattr(Connection, "has_left", look)
+    monkeypatch.setattr(Saying, "more", lambda _: b"words\n")
+    site = run(linger_time=0.5)
+    with site.connect() as client:
+        client.sendall(LISTEN)
+        read_until(client, b"words\n")
+        site.server.pause(PATIENCE)
+        read_all(client)
+        site.server.wait_until_empty()
+    assert len(looks) == 1
 
 
 def test_there_are_signs_of_life(run: Callable[..., Site]) -> None:
