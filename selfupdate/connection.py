@@ -1,15 +1,13 @@
 """One client's connection: collects requests, parses each, and writes its answer.
 
-`http.server`'s parser is asked about request lines; what nearly all clients send is
-not worth asking. Its parser of fields is that of mail, and is not asked at all.
+`http.server`'s parser is asked about request lines (`parser`); what nearly all clients
+send is not worth asking. Its parser of fields is that of mail, and is not asked at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http
-import http.server
-import io
 import logging
 import re
 import socket
@@ -65,24 +63,18 @@ class _FramingError(Exception):
 
 _COMMON = re.compile(rb"(GET|HEAD|POST) (/(?!/)[!-~]*|/) HTTP/1\.1\r?\n")
 """The first line of nearly all requests."""
-_NO_FIELDS = b"\r\n"
 _ID = re.compile(rb"\n(?i:x-request-id):[ \t]*([!-~]{1,128})[ \t]*\r?\n")
+_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 _HEAD_OF_ANSWERS = "\r\n".join(("Server: self-update", *SAFETY_HEADERS))
 
 
-class Connection(http.server.BaseHTTPRequestHandler):
-    """A client's connection: `http.server`'s parser, without its constructor, which would serve until the end.
-
-    The loop collects what arrives until a request is complete, so that a slow client costs no worker.
-    """
-
-    protocol_version = "HTTP/1.1"
+class Connection:
+    """A client's connection: the loop collects each request until it is complete, so a slow client costs no worker."""
 
     def __init__(self, connection: socket.socket, server: Service) -> None:
         """Serve the client of an accepted `connection`."""
         self.connection: socket.socket = connection
         self.close_connection = True
-        self.wfile = io.BytesIO()  # the parser itself writes nothing: see handle_expect_100 and send_error
         self._server = server
         self._fields: Fields
         self._received = bytearray()
@@ -203,28 +195,32 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if end is None:
             self._refuse_beginning()
             return
-        self.raw_requestline = head[: head.index(b"\n") + 1]
-        if len(self.raw_requestline) > LONGEST_LINE:
-            self.send_error(414)
+        line = head[: head.index(b"\n") + 1]
+        if len(line) > LONGEST_LINE:
+            self._refuse(414)
         elif is_too_large(head):
-            self.send_error(431)
+            self._refuse(431)
         elif not is_well_formed(head):
-            self.send_error(400)
+            self._refuse(400)
         else:
             self._fields = Fields(head)
-            if self.parse_request():
+            if self._takes(line):
                 del self._received[:end]
                 self._answer()
 
-    def parse_request(self) -> bool:
+    def _takes(self, line: bytes) -> bool:
         """Take the request line apart, and tell whether it is one that is answered; else it has been refused."""
-        common = _COMMON.fullmatch(self.raw_requestline)
+        common = _COMMON.fullmatch(line)
         if common:
             self.command, self.path, self.request_version = common[1].decode(), common[2].decode(), "HTTP/1.1"
         else:
-            self.rfile = io.BytesIO(_NO_FIELDS)
-            if not super().parse_request():
+            from selfupdate.parser import Parser
+
+            parsed = Parser(line)
+            if parsed.refusal:
+                self._refuse(*parsed.refusal)
                 return False
+            self.command, self.path, self.request_version = parsed.command, parsed.path, parsed.request_version
         if self.request_version == "HTTP/1.0":
             self._says_last = not self._fields.has_option("keep-alive")
         else:
@@ -239,7 +235,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if len(self._received) <= _MAX_HEAD:
             self._reject(408, "The request did not arrive in time; send it at once, and complete.")
         else:
-            self.send_error(431 if b"\n" in self._received[:LONGEST_LINE] else 414)
+            self._refuse(431 if b"\n" in self._received[:LONGEST_LINE] else 414)
 
     def _answer(self) -> None:
         keep_alive = not self.close_connection
@@ -308,26 +304,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._received += chunk
         self.connection.settimeout(self._server.limits.send_time)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what the parser refuses, as every other error is answered."""
-        self._reject(
-            code, f"{explain or message or http.HTTPStatus(code).phrase}; send a well-formed HTTP/1.1 request."
-        )
+    def _refuse(self, status: int, why: str | None = None) -> None:
+        """Answer a head that is none."""
+        self._reject(status, f"{why or http.HTTPStatus(status).phrase}; send a well-formed HTTP/1.1 request.")
 
     def _reject(self, status: int, detail: str) -> None:
         self.close_connection = True
         self._write(problem(status, detail))
-
-    def handle_expect_100(self) -> bool:
-        """Ask for no body yet (RFC 9110, section 10.1.1): first it is seen whether it will be taken."""
-        return True
 
     def _write(self, response: Response, path: str | None = None) -> None:
         self._server.answers(self.command, path, response.status, time.monotonic() - self._began)
         if self._server.ends_connections:
             self.close_connection = True
         lines = [
-            f"HTTP/1.1 {response.status} {self.responses[response.status][0]}",
+            f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
             _HEAD_OF_ANSWERS,
             f"Date: {self._server.date()}",
             f"Content-Type: {response.content_type}",

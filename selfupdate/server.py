@@ -1,4 +1,4 @@
-"""An HTTP/1.1 server on `http.server`'s classes that can be paused, resumed and drained.
+"""An HTTP/1.1 server around `http.server`'s parser that can be paused, resumed and drained.
 
 One thread, the loop, waits for everything that can arrive: connections on the
 listeners, and the next request on each open connection. It answers what the

@@ -153,6 +153,8 @@ class _Service:
 
     def _complete(self) -> None:
         """Put together the rest: what upgrades, and what tells of it."""
+        # All modules are read at start: a running program must not depend on the file that it was started from.
+        import selfupdate.parser  # noqa: F401
         from selfupdate.api import AT_HAND, Api
         from selfupdate.candidates import Scanner
         from selfupdate.company import Company
