@@ -202,7 +202,7 @@ class Standby:
         self.settled: Phase | None = None
         """What this process has become: RUNNING, STARTING where it is to hand back, or RETIRED."""
         self._lock = threading.Lock()
-        self._temporary = Server("standby", self._respond, replace(settings.limits, threads=_THREADS))
+        self._temporary = Server("standby", self._respond, settings.limits._replace(threads=_THREADS))
 
     def begin(self) -> None:
         """Listen on the temporary address, and say so. Raises StartError."""

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selfupdate import __version__, log, program, settings, signals, system, versions
@@ -136,8 +135,8 @@ class _Service:
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
         self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
-        limits = replace(given.limits, connections=system.make_room(given.limits.connections))
-        self._settings = given = replace(given, bind=tuple(map(_address_of, self._places)), limits=limits)
+        limits = given.limits._replace(connections=system.make_room(given.limits.connections))
+        self._settings = given = given._replace(bind=tuple(map(_address_of, self._places)), limits=limits)
         self._stop_request = Stop()
         self._frontend = Frontend(given.bind)
         self._presence = Presence(__version__, self._generation, self._lifecycle, self._stop_request)

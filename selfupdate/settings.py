@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfupdate.errors import UsageError, VersionError
 from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
@@ -88,8 +87,7 @@ def _hosts(text: str) -> frozenset[str]:
     return frozenset(hosts)
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(NamedTuple):
     """One flag: its name without dashes, its default as text, and how to read it."""
 
     name: str
@@ -169,8 +167,7 @@ _ON_THE_COMMAND_LINE = {"upgrade", "upgrade-bind", "bind"}
 """Flags that an incumbent passes as arguments; trust goes through the channel, the rest through the environment."""
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Bounds that no flag sets. Times in seconds, sizes in bytes."""
 
     request_time: float = 10.0
@@ -217,8 +214,7 @@ class Limits:
     """Between two looks at what cannot announce itself."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that was set, for the life of the process."""
 
     bind: tuple[Address, ...]
@@ -251,7 +247,7 @@ class Settings:
     help: bool
     given: Mapping[str, str]
     """The text of each flag that was set, by name."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = Limits()
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that give a successor these settings, but for those of trust."""
@@ -274,7 +270,7 @@ class Settings:
             for flag in FLAGS
             if flag.concerns == _TRUST
         }
-        return replace(self, given=given, **values)
+        return self._replace(given=given, **values)
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:

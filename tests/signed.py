@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,8 +57,8 @@ class Site:
         scheme = [] if "-keyring" in flags else ["-allowed-signers", str(self.allowed)]
         given = settings.parse([*scheme, "-upgrade-dir", str(self.upgrades), *flags], {"HOME": "/"})
         settings.check(given)
-        limits = replace(given.limits, verify_time=verify_time)
-        return Trust(replace(given, limits=limits), self.store, self.stop_fd)
+        limits = given.limits._replace(verify_time=verify_time)
+        return Trust(given._replace(limits=limits), self.store, self.stop_fd)
 
     def scanner(self, *flags: str, trust: Trust | None = None) -> Scanner:
         """Return one that has never asked the candidate anything."""

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -488,7 +487,7 @@ def test_what_is_not_signed_is_not_asked_for_its_version(
 def test_it_does_not_tell_its_version_in_time(scene: Scene, does: str) -> None:
     """Row 45. It is ended at the deadline, which is 5 s, with all that it started."""
     assert Limits().version_time == 5
-    scene.limits = replace(Limits(), version_time=0.3)
+    scene.limits = Limits(version_time=0.3)
     write_program(scene.upgrades / "app", f"#!/bin/sh\n{does}\n".encode())
     began = time.monotonic()
     assert scene.only()["code"] == "version-timeout"
@@ -503,7 +502,7 @@ def test_it_does_not_tell_its_version_in_time(scene: Scene, does: str) -> None:
 )
 def test_it_prints_without_end(scene: Scene, does: str, code: str) -> None:
     """Row 46. It is refused, and what it prints takes no room."""
-    scene.limits = replace(Limits(), version_time=0.5)
+    scene.limits = Limits(version_time=0.5)
     write_program(scene.upgrades / "app", f"#!/bin/sh\n{does}\n".encode())
     tracemalloc.start()
     try:
