@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selfupdate import signals
@@ -64,7 +63,7 @@ class Company:
         word = None
         try:
             for listener in self._frontend.listeners:
-                kept.append(replace(listener, sock=listener.sock.dup()))  # noqa: PERF401 - each is to be closed
+                kept.append(listener._replace(sock=listener.sock.dup()))  # noqa: PERF401 - each is to be closed
             self._server.close(0)
             word = self._last_word()
             if word is None:

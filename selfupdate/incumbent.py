@@ -16,7 +16,6 @@ import os
 import secrets
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +118,7 @@ class Incumbent:
         if len(passed) != len(self._listeners):
             return tuple(passed)
         told = zip(passed, self._listeners, strict=True)
-        return tuple(replace(listener, address=address, is_own=is_own) for listener, (address, is_own) in told)
+        return tuple(listener._replace(address=address, is_own=is_own) for listener, (address, is_own) in told)
 
     def spend_secret(self) -> None:
         """Have the secret open nothing any more."""

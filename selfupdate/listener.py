@@ -22,9 +22,8 @@ import socket
 import stat
 import struct
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.errors import StartError
 from selfupdate.foreign import shown
@@ -66,8 +65,7 @@ HANDOVER_FD = "SELF_UPDATE_HANDOVER_FD"
 """The variable that names the channel between an incumbent and its successor."""
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """`host:port`, the path of a Unix socket, or the name of a socket that a service manager passes on.
 
     A path that begins with `@` is a name in the kernel, without a file (unix(7), abstract).
@@ -92,8 +90,7 @@ class Address:
         return bool(self.port or self.path or self.passed)
 
 
-@dataclass(frozen=True)
-class Listener:
+class Listener(NamedTuple):
     """A listening socket, and what it can't tell by itself."""
 
     sock: socket.socket
@@ -322,7 +319,7 @@ def vacant(address: Address) -> Address:
 
 def address_of(listener: socket.socket, asked: Address) -> Address:
     """Return `asked` with the port that `listener` really has."""
-    return asked if asked.path else replace(asked, port=listener.getsockname()[1])
+    return asked if asked.path else asked._replace(port=listener.getsockname()[1])
 
 
 def remove(address: Address) -> None:
