@@ -23,7 +23,6 @@ is told what was missed, and nothing twice.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -31,9 +30,8 @@ import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from selfupdate.errors import StateError, UpgradeError, VersionError
 from selfupdate.system import sync_directory
@@ -70,8 +68,7 @@ class Entry(NamedTuple):
     """Its sequence number; 0 where a version wrote it that gave none."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One upgrade or rollback. `outcome` is None while it is under way."""
 
     id: str
@@ -149,7 +146,7 @@ class Record:
         """Return the record that `as_json` gave; raises KeyError, TypeError, ValueError or VersionError on all else."""
         timeline = tuple(map(_entry, value["timeline"]))
         keys = tuple(map(str, value.get("signer_keys", ())))
-        fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        fields = {name: value[name] for name in cls._fields if name in value}
         fields |= {"from_version": value["from"], "to_version": value["to"], "timeline": timeline, "signer_keys": keys}
         record = cls(**fields)
         for name, kinds in _KINDS.items():
@@ -174,9 +171,8 @@ def _entry(value: dict[str, Any]) -> Entry:
     return Entry(phase, at, seq)
 
 
-# The types of what a record holds; what is a tuple was made one above.
-_TYPES: dict[str, Any] = {"str": str, "str | None": (str, type(None)), "bool": bool, "bool | None": (bool, type(None))}
-_KINDS = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(Record) if field.type in _TYPES}
+_KINDS = {name: kind for name, kind in get_type_hints(Record).items() if name not in {"timeline", "signer_keys"}}
+"""The types of what a record holds; what is a tuple was made one above."""
 
 _NOT_OURS = -1
 """In place of a descriptor: this process may not write."""
@@ -263,7 +259,7 @@ class Journal:
         """Change the upgrade that is under way in memory alone: what is not worth a write to the disk."""
         with self._writing:
             if record := self.current():
-                self.put(replace(record, **fields))
+                self.put(record._replace(**fields))
 
     def put(self, record: Record) -> Record:
         """Take in a record as it is, in memory alone."""
@@ -382,10 +378,10 @@ class Journal:
 
     def _changed_record(self, upgrade_id: str, phase: str | None, fields: dict[str, Any]) -> Record:
         with self._changed:
-            record = replace(self._records[upgrade_id], **fields)
+            record = self._records[upgrade_id]._replace(**fields)
             if phase is not None:
                 entry = Entry(phase, now(), self._next_seq())
-                record = replace(record, phase=phase, timeline=(*record.timeline, entry))
+                record = record._replace(phase=phase, timeline=(*record.timeline, entry))
             return record
 
     def _next_seq(self) -> int:

@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
@@ -183,7 +182,7 @@ class Upgrader:
             for event in events:
                 self._lifecycle.step(event)
             if fields:
-                ended = self._journal.put(replace(record, **fields))
+                ended = self._journal.put(record._replace(**fields))
                 _log.warning("upgrade", extra={"upgrade": ended.id, "outcome": ended.outcome, "reason": ended.reason})
             self._journal.discard(record.id)
             self._idle.set()

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -364,7 +363,7 @@ def test_a_record_is_told_when_it_has_changed_and_only_then(tmp_path: Path) -> N
     assert listener.more().startswith(b"event: status\n")
     changed = journal.change(record.id, reason="because")
     assert listener.more() == b"event: record\ndata: %s\n\n" % json.dumps(changed.as_json()).encode()
-    journal.put(replace(changed))
+    journal.put(changed._replace())
     assert listener.more() == b""
     none = journal.begin("1.0.0", "CHOOSING")
     assert listener.more().startswith(b"event: phase\n")

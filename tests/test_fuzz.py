@@ -563,6 +563,7 @@ whole_records = st.builds(
     from_version=st.sampled_from(("1.0.0", "2.0.0-rc.1")),
     phase=st.just("RUNNING"),
     started_at=st.datetimes(timezones=st.just(UTC)).map(datetime.isoformat),
+    ended_at=st.none() | st.datetimes(timezones=st.just(UTC)).map(datetime.isoformat),
     to_version=st.sampled_from((None, "1.0.0", "2.0.0-rc.1")),
     outcome=st.sampled_from((None, "committed", "aborted")),
     timeline=st.just((Entry("CHOOSING", THEN),)),
