@@ -15,8 +15,7 @@ import shutil
 import stat
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate import process, signature, system
 from selfupdate.errors import (
@@ -49,8 +48,7 @@ _PLAIN_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _CLEAN_ENVIRONMENT = {**system.CLEAN_ENVIRONMENT, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One file of the upgrade directory, and what is thought of it."""
 
     name: str
@@ -320,7 +318,7 @@ class Scanner:
             refusal = CandidateError(f"{version} is not allowed by -allow {self._allow}", code)
         elif failed is not None and not by_name:
             refusal = CandidateError(_history_of(failed), "blocked", "ask for it by name to try it again")
-        return replace(candidate, refusal=refusal)
+        return candidate._replace(refusal=refusal)
 
     def _same_version(self, version: Version, release: Release) -> CandidateError:
         if self._running_sha256() in {None, release.sha256}:
@@ -334,7 +332,7 @@ class Scanner:
         if best is None:
             return candidates
         others = [
-            replace(candidate, refusal=CandidateError(f"{best.version} is chosen before it", "not-greatest"))
+            candidate._replace(refusal=CandidateError(f"{best.version} is chosen before it", "not-greatest"))
             if candidate.eligible
             else candidate
             for candidate in candidates

@@ -14,8 +14,7 @@ import os
 import re
 import secrets
 import threading
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.system import put_in_place
 
@@ -27,8 +26,7 @@ _NOT_FINDINGS = (OSError, ValueError, KeyError, TypeError, AttributeError, Recur
 """What reading something else can raise."""
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What a file is known by without reading it; a file that is written to changes it (stat(2))."""
 
     device: int
@@ -88,7 +86,7 @@ class Findings:
         if self._is_saved:
             return
         self._is_saved = True  # or every scan would try it again
-        digests = [[path, astuple(identity), sha256] for (path, identity), sha256 in self._digests.items()]
+        digests = [[path, identity, sha256] for (path, identity), sha256 in self._digests.items()]
         partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.new")
         with contextlib.suppress(OSError):
             try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.errors import StopRequestedError
 from selfupdate.system import Process, ready, start_piped, wait_for_end
@@ -44,8 +43,7 @@ def ending(status: int | None) -> str:
         return f"was killed by signal {-status}"
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a program printed, and how it ended."""
 
     status: int

@@ -13,8 +13,7 @@ import os
 import secrets
 import shutil
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.errors import CandidateError, InstallError, StateError
 from selfupdate.findings import Findings, Identity
@@ -29,8 +28,7 @@ _CHUNK = 1 << 20
 _NEW = ".new-"
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """A private copy, of which nothing is known but its content. `trust` says whether it may be executed."""
 
     path: Path

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.errors import CandidateError
 from selfupdate.foreign import shown
@@ -36,8 +35,7 @@ def is_namespace(text: str) -> bool:
     return _NAMESPACE.fullmatch(text) is not None
 
 
-@dataclass(frozen=True)
-class Signer:
+class Signer(NamedTuple):
     """Whose signature was found good."""
 
     name: str

@@ -12,9 +12,8 @@ import binascii
 import hashlib
 import re
 import struct
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate.errors import TrustError
 from selfupdate.foreign import shown
@@ -56,8 +55,7 @@ def fingerprint(key: bytes) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A line of the allowed-signers file (ssh-keygen(1), ALLOWED SIGNERS)."""
 
     name: str
@@ -75,8 +73,7 @@ class Key:
         return f"{self.kind} {base64.b64encode(self.key).decode()}\n".encode()
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """One signature of a file, as far as it can be read without the file."""
 
     armored: bytes

@@ -18,9 +18,8 @@ import logging
 import os
 import stat
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from selfupdate import permissions, signature
 from selfupdate.errors import CandidateError, StopRequestedError, TrustError
@@ -45,8 +44,7 @@ _HOW_TO_TURN_ON = (
 )
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """What may be executed: a private copy that was verified. Only this module makes one."""
 
     copy: Copy

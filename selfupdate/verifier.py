@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate import process
 from selfupdate.errors import CandidateError, TrustError
@@ -33,8 +32,7 @@ _SMALL_TIME = 5.0
 """Seconds for what has no file to read through."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a program said."""
 
     status: int

@@ -8,7 +8,6 @@ way in which a change could get around it.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import socket
 from pathlib import Path
@@ -192,7 +191,9 @@ class _Reader(ast.NodeVisitor):
             wanted = node.args[1] if len(node.args) > 1 else None
             if not isinstance(wanted, ast.Constant) or not str(wanted.value).startswith("O_"):
                 self._note(self.faults, ast.unparse(node))
-        if name in {"replace", "dataclasses.replace", "type", "copy.copy"} and "release" in first.lower():
+        owner, _, method = name.rpartition(".")
+        is_copied = name in {"replace", "copy.replace", "type", "copy.copy"} and "release" in first.lower()
+        if is_copied or (method in {"_replace", "_make"} and "release" in owner.lower()):
             self._note(self.makers, ast.unparse(node))  # it would be a release of another file
         self.generic_visit(node)
 
@@ -278,6 +279,8 @@ def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> No
         ("upgrade", "def _go(release, copy): return type(release)(copy, ())"),
         ("upgrade", "def _go(release, copy): return release.__class__(copy, ())"),
         ("upgrade", "def _go(candidate, copy): return replace(candidate.release, copy=copy)"),
+        ("upgrade", "def _go(candidate, copy): return candidate.release._replace(copy=copy)"),
+        ("upgrade", "def _go(release, copy): return release._make((copy, ()))"),
         ("upgrade", "from selfupdate.trust import *"),
         ("upgrade", "import os\nos.execv('/bin/true', ['true'])"),
         ("upgrade", "import os\nos.posix_spawnp('true', ['true'], {})"),
@@ -336,7 +339,7 @@ def test_a_release_does_not_change() -> None:
     """What was verified can't be exchanged behind its proof."""
     copy = Store(Path("/nonexistent"), 1)
     release = Release(copy, ())  # type: ignore[arg-type]
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         release.copy = copy  # type: ignore[assignment,misc]
 
 
