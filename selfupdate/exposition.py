@@ -8,8 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,8 +57,7 @@ def _labelled(name: str, *labels: str) -> str:
     return f"{name}{{{text}}}" if text else name
 
 
-@dataclass(frozen=True)
-class Counter:
+class Counter(NamedTuple):
     """A metric that only grows; its series are counted under their names."""
 
     name: str
@@ -77,8 +75,7 @@ class Counter:
         )
 
 
-@dataclass(frozen=True)
-class Observed:
+class Observed(NamedTuple):
     """What the observations of one series are counted under: a key for each bucket, and one for their sum."""
 
     bounds: tuple[float, ...]
@@ -90,8 +87,7 @@ class Observed:
         return (self.buckets[bisect.bisect_left(self.bounds, value)], 1.0), (self.total, value)
 
 
-@dataclass(frozen=True)
-class Histogram:
+class Histogram(NamedTuple):
     """How many observations were not greater than each bound; what is counted is those between two bounds."""
 
     name: str

@@ -18,8 +18,7 @@ import socket
 import sys
 import termios
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from selfupdate import notify, posix, transcript
 from selfupdate.listener import FIRST_FD, HANDOVER_FD, names_of, owners_of
@@ -253,8 +252,7 @@ def _to_the_original(pid: int, hello: Mapping[str, object], listeners: int) -> b
     return json.dumps({**hello, "lock": lock, "streams": [], "comes_back": True, "pid": pid}).encode()
 
 
-@dataclass(frozen=True)
-class Comeback:
+class Comeback(NamedTuple):
     """The original process's end of all that: what it takes to execute the release that serves now."""
 
     notify_address: str

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import http
 import json
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,7 @@ SAFETY_HEADERS = (
 """What every answer tells browsers: run nothing but our own files, show nothing in a frame, keep nothing."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One request, complete with its body."""
 
     method: str
@@ -58,14 +57,13 @@ SIGN_OF_LIFE = b":\n\n"
 """What a stream says when there has been nothing to say for a while: a comment (HTML, section 9.2.6)."""
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """One answer."""
 
     status: int
     body: bytes = b""
     content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     stream: Stream | None = None
     """In place of a body."""
 

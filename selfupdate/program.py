@@ -7,7 +7,6 @@ the store, and the file is what the next start will run.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +14,18 @@ if TYPE_CHECKING:
     from selfupdate.journal import Record
 
 
-@dataclass
 class Program:
     """What runs, and what a restart would run."""
 
-    version: str
-    sha256: str | None
-    """Of the running program's file; None where it was not started from one file."""
-    path: Path | None
-    """The file that the service was started from; None where that is no single file."""
-    installed: str
-    """The version that `path` holds, and a restart brings, as far as this process knows when it begins to serve."""
+    def __init__(self, version: str, sha256: str | None, path: Path | None, installed: str) -> None:
+        """Keep what is known when this process begins."""
+        self.version = version
+        self.sha256 = sha256
+        """Of the running program's file; None where it was not started from one file."""
+        self.path = path
+        """The file that the service was started from; None where that is no single file."""
+        self.installed = installed
+        """The version that `path` holds, and a restart brings, as far as this process knows when it begins to serve."""
 
     def after_restart(self, commit: Record | None) -> dict[str, object]:
         """Return the version that a restart brings, and why it is another; `commit` is the last one in the journal."""

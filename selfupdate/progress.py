@@ -9,9 +9,8 @@ more than ASCII.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfupdate.foreign import shown
 from selfupdate.journal import now
@@ -37,8 +36,7 @@ _TICK = 0.1
 """Seconds between two looks at the clock: it shows tenths."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of an upgrade, as it is shown."""
 
     name: str

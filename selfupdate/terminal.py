@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfupdate import system
 
@@ -27,8 +26,7 @@ class Style(enum.StrEnum):
     YELLOW = "33"
 
 
-@dataclass(frozen=True)
-class Terminal:
+class Terminal(NamedTuple):
     """What is known of one stream."""
 
     stream: TextIO
