@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import hmac
 import ipaddress
 import logging
 import re
@@ -70,6 +69,13 @@ def is_from_here(request: Request) -> bool:
     return origin is None or re.sub("^https?://", "", origin) == request.headers.get("host")
 
 
+def is_same(one: bytes, other: bytes) -> bool:
+    """Tell whether two secrets are the same, in a time that does not say how much of them is."""
+    import hmac  # which a start need not wait for
+
+    return hmac.compare_digest(one, other)
+
+
 def read_token(path: Path) -> str:
     """Return the token in a file that nobody else may read. Raises StartError."""
     try:
@@ -104,7 +110,7 @@ class Gate:
         if self._digest is None:
             return None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(_digest(token.encode("latin-1")), self._digest):
+        if scheme.lower() == "bearer" and is_same(_digest(token.encode("latin-1")), self._digest):
             return None
         now = time.monotonic()
         with self._lock:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,7 +86,7 @@ class Findings:
             return
         self._is_saved = True  # or every scan would try it again
         digests = [[path, identity, sha256] for (path, identity), sha256 in self._digests.items()]
-        partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.new")
+        partial = self._path.with_name(f".{self._path.name}.{os.urandom(4).hex()}.new")
         with contextlib.suppress(OSError):
             try:
                 with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:  # noqa: PTH123 - a descriptor

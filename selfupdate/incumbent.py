@@ -8,12 +8,10 @@ protocol alone passes neither, and its end is seen by its process.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import http
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
 from selfupdate import process, system
-from selfupdate.access import goes_by
+from selfupdate.access import goes_by, is_same
 from selfupdate.errors import IllegalTransitionError, StartError, StateError
 from selfupdate.foreign import shown
 from selfupdate.journal import Record, now
@@ -123,7 +121,7 @@ class Incumbent:
     def spend_secret(self) -> None:
         """Have the secret open nothing any more."""
         if self.secret:
-            self.secret = secrets.token_urlsafe(32)
+            self.secret = os.urandom(32).hex()
 
     def take_streams(self) -> None:
         """Write to the service's own output and error from here on, and not to pipes that the incumbent reads."""
@@ -234,7 +232,7 @@ class Standby:
             return problem(403, "Only the incumbent may ask for this, and no browser.")
         proof = request.headers.get("authorization", "").encode("latin-1")
         with self._lock:
-            if self._incumbent.secret and not hmac.compare_digest(proof, f"Bearer {self._incumbent.secret}".encode()):
+            if self._incumbent.secret and not is_same(proof, f"Bearer {self._incumbent.secret}".encode()):
                 return problem(403, "Only the incumbent, which handed a secret over, may ask for this, and once.")
             answer = self._take_over()
             if answer.status == http.HTTPStatus.OK:

@@ -27,7 +27,6 @@ import itertools
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from datetime import UTC, datetime
@@ -226,7 +225,7 @@ class Journal:
         """Add an upgrade that starts now. It is written down with its first change."""
         at = now()
         stem = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        upgrade_id = f"{stem}-{secrets.token_hex(3)}"
+        upgrade_id = f"{stem}-{os.urandom(3).hex()}"
         with self._changed:
             entry = Entry(phase, at, self._next_seq())
         return self.put(Record(upgrade_id, from_version, phase, at, timeline=(entry,), **fields))

@@ -7,7 +7,7 @@ A datagram is `NAME=value` lines. The receiver asks the kernel who sent each one
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import socket
 import struct
 import sys
@@ -34,7 +34,7 @@ class Receiver:
 
         The name is an abstract one: it needs no file, so a process that is killed leaves none.
         """
-        name = f"self-update/{secrets.token_hex(16)}"
+        name = f"self-update/{os.urandom(16).hex()}"
         self.address = f"@{name}"
         self._socket = _bind(name)
 

@@ -24,7 +24,6 @@ import os
 import resource
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -405,19 +404,21 @@ def start_piped(
     environ: Mapping[str, str],
     directory: Path,
     *,
-    stdin: int,
+    stdin: int | None,
     fds: Sequence[int],
     mark: str,
 ) -> tuple[Process, io.RawIOBase, io.RawIOBase]:
     """Start `arguments` in `directory`; return the child, and what it prints to its output and its error.
 
-    It can read `stdin`, and has `fds`, under the numbers that they have here. Raises OSError.
+    It can read `stdin`, if that is given, and has `fds`, under the numbers that they have here. Raises OSError.
     """
+    import subprocess  # which a start need not wait for
+
     with STARTING:
         child = subprocess.Popen(
             list(arguments),
             bufsize=0,
-            stdin=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=fds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,7 +71,7 @@ def capture(  # noqa: PLR0913 - each bound, and each descriptor, has its name
     time_limit: float,
     size_limit: int,
     stop_fd: int,
-    stdin: int = subprocess.DEVNULL,
+    stdin: int | None = None,
     fds: Sequence[int] = (),
     mark: str = "",
 ) -> Output:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import stat
 from typing import TYPE_CHECKING, NamedTuple
@@ -155,7 +154,7 @@ class Store:
         return self._new_directory()
 
     def _new_directory(self) -> Path:
-        directory = self._root / f"{_NEW}{secrets.token_hex(8)}"
+        directory = self._root / f"{_NEW}{os.urandom(8).hex()}"
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o700)
         return directory
@@ -220,7 +219,7 @@ def install(copy: Copy, program: Path) -> None:
 
     Mode and owner stay. Raises InstallError, and `program` is as it was.
     """
-    partial = program.with_name(f".{program.name}.{secrets.token_hex(4)}.new")
+    partial = program.with_name(f".{program.name}.{os.urandom(4).hex()}.new")
     try:
         mend(program)
         before = program.stat()

@@ -18,7 +18,6 @@ import http.client
 import io
 import json
 import os
-import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ class Successor:
         self._limits = settings.limits
         self._binds = tuple(binds)
         self._upgrade_bind = upgrade_bind
-        self._secret = secrets.token_urlsafe(32)
+        self._secret = os.urandom(32).hex()
         self._peer: system.Child | system.Parent | None = None
         self._stop_fd: int
         self._standby_time = settings.standby

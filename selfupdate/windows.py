@@ -24,7 +24,6 @@ import json
 import msvcrt
 import os
 import queue
-import secrets
 import select
 import signal
 import socket
@@ -170,13 +169,13 @@ def start_piped(
     environ: Mapping[str, str],
     directory: Path,
     *,
-    stdin: int,
+    stdin: int | None,
     fds: Sequence[int],
     mark: str,
 ) -> tuple[Process, io.RawIOBase, io.RawIOBase]:
     """Start `arguments` in `directory`; return the child, and what it prints to its output and its error.
 
-    It can read `stdin`. `fds` have no numbers here that it would know them by, and the job knows it
+    It can read `stdin`, if that is given. `fds` have no numbers here that it would know them by, and the job knows it
     without `mark`. Raises OSError.
     """
     del fds, mark
@@ -186,7 +185,7 @@ def start_piped(
         win32.Job.KILL_ON_CLOSE,
         flags=subprocess.CREATE_NO_WINDOW,
         cwd=directory,
-        stdin=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -568,7 +567,7 @@ def put_in_place(new: Path, program: Path) -> None:
     try:
         new.replace(program)
     except PermissionError:  # it runs
-        old = program.with_name(f"{program.name}.{secrets.token_hex(4)}.old")
+        old = program.with_name(f"{program.name}.{os.urandom(4).hex()}.old")
         program.rename(old)
         try:
             new.rename(program)

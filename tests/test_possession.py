@@ -132,11 +132,7 @@ class _Reader(ast.NodeVisitor):
         for alias in node.names:
             root = alias.name.partition(".")[0]
             is_renamed = alias.asname is not None and root in {"os", "subprocess", "sys", "selfupdate"}
-            if (
-                root in _MODULES
-                or is_renamed
-                or (root == "subprocess" and self.module not in {"process", "posix", "windows"})
-            ):
+            if root in _MODULES or is_renamed or (root == "subprocess" and self.module not in {"posix", "windows"}):
                 self._note(self.faults, ast.unparse(node))
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
