@@ -120,8 +120,8 @@ def _archive(version: str | None) -> bytes:
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.create_system = 3  # Unix, wherever it is built
             entry.external_attr = 0o100644 << 16
-            # What is read at each start is not inflated each time.
-            entry.compress_type = zipfile.ZIP_STORED if name.endswith(".pyc") else zipfile.ZIP_DEFLATED
+            # What is read at each start is not inflated each time: all but the sources.
+            entry.compress_type = zipfile.ZIP_DEFLATED if name.endswith(".py") else zipfile.ZIP_STORED
             archive.writestr(entry, files[name], compresslevel=9)
     return buffer.getvalue()
 
