@@ -34,7 +34,6 @@ _FAILURES = 10
 _LONGEST_ADDRESS = 64
 """Characters of an address of IPv6 with its brackets and a zone."""
 _PORT = re.compile(":[0-9]*$")
-_TOKEN = re.compile("[!-~]{16,512}")
 _MAX_FILE = 4096
 
 
@@ -88,7 +87,7 @@ def read_token(path: Path) -> str:
         raise StartError(f"the token file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         token = ""
-    if not _TOKEN.fullmatch(token):
+    if not re.fullmatch("[!-~]{16,512}", token):
         raise StartError(
             f"the token file {path} does not hold one token of 16 to 512 printable ASCII characters; "
             f"make one: (umask 077; python3 -c 'import secrets; print(secrets.token_urlsafe())' > {path})"

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from selfupdate.trust import Reading, Release, Trust
 
 _NOT_CANDIDATES = (".part", ".tmp", ".new", ".sig", ".asc", ".minisig", "~")
-_PLAIN_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 # What a candidate sees of this process's environment when it is asked for its version: nothing.
 _CLEAN_ENVIRONMENT = {**system.CLEAN_ENVIRONMENT, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -343,7 +342,7 @@ class Scanner:
 
 def check_file(name: str, status: os.stat_result, limits: Limits) -> None:
     """Refuse what can be told of a file from outside. Raises CandidateError."""
-    if not _PLAIN_NAME.fullmatch(name):
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", name):
         raise CandidateError(
             "has an odd name", "candidate-odd-name", "rename it, with letters, digits and . _ + - alone"
         )

@@ -27,12 +27,9 @@ _KINDS = (
 )
 
 
-_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9.@_-]{0,127}")
-
-
 def is_namespace(text: str) -> bool:
     """Tell whether `text` can name what SSH signatures are for."""
-    return _NAMESPACE.fullmatch(text) is not None
+    return re.fullmatch("[a-z0-9][a-z0-9.@_-]{0,127}", text) is not None
 
 
 class Signer(NamedTuple):
