@@ -14,6 +14,7 @@ and again: a plain successor's temporary server, and health.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -28,7 +29,7 @@ from selfupdate.listener import Address, connect
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from _typeshed import WriteableBuffer
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 ANSWER_SIZE = 65536
 _LONGEST_STATUS = 200
+_REPLACE = "/replace"
+_TAKING_OVER = "when it was to take over"
 
 
 class _NoAnswerError(SuccessorError):
@@ -171,16 +174,29 @@ class Successor:
         except VersionError:
             return False
 
-    def replace(self) -> None:
+    def reach(self) -> socket.socket:
+        """Return a connection on which `replace` can ask. Raises SuccessorError, or UpgradeError for a stranger's.
+
+        It was made before it is seen whose process listens there, which is the one that it has stood by as since.
+        """
+        with self._expecting(_REPLACE, _TAKING_OVER):
+            connection = connect(self._upgrade_bind, self._limits.replace_time)
+        try:
+            # Again, since it is told the secret.
+            self._check_owner(self._upgrade_bind, "-upgrade-bind", _TAKING_OVER)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def replace(self, connection: socket.socket) -> None:
         """Ask it to accept on the service's address, to which it is entitled from then on. Raises SuccessorError."""
         assert self._peer is not None
         self._peer.release()
-        doing = "when it was to take over"
-        self._check_owner(self._upgrade_bind, "-upgrade-bind", doing)  # again, since now it is told the secret
         deadline = time.monotonic() + self._limits.replace_time
-        status, answer = self._get(
-            self._upgrade_bind, "/replace", deadline, doing, {"Authorization": f"Bearer {self._secret}"}
-        )
+        proof = {"Authorization": f"Bearer {self._secret}"}
+        with self._expecting(_REPLACE, _TAKING_OVER):
+            status, answer = self._ask(connection, _REPLACE, deadline, _TAKING_OVER, proof)
         if status != http.client.OK:
             detail = f": {answer['detail']}" if isinstance(answer.get("detail"), str) else ""
             raise SuccessorError(f"did not take over: it answered {status}{detail}", "handover-refused")
@@ -300,31 +316,43 @@ class Successor:
                 return
             self.wait(min(deadline, time.monotonic() + self._limits.poll_interval), "after it was to take over")
 
-    def _get(
-        self, address: Address, path: str, deadline: float, doing: str, headers: Mapping[str, str] | None = None
+    def _get(self, address: Address, path: str, deadline: float, doing: str) -> tuple[int, dict[str, Any]]:
+        """Return what GET `path` answers over a connection of its own, as `_ask` does. Raises SuccessorError."""
+        with (
+            self._expecting(path, doing),
+            connect(address, max(0.001, deadline - time.monotonic())) as connection,
+        ):
+            return self._ask(connection, path, deadline, doing, {})
+
+    def _ask(
+        self, connection: socket.socket, path: str, deadline: float, doing: str, headers: Mapping[str, str]
     ) -> tuple[int, dict[str, Any]]:
-        """Return the status and the JSON object (or none) that GET `path` answers. Raises SuccessorError."""
-        fields = {"Host": "localhost", "Connection": "close", **(headers or {})}
+        """Return the status and the JSON object (or none) that GET `path` answers. Raises what `_expecting` takes."""
+        fields = {"Host": "localhost", "Connection": "close", **headers}
         fields |= {"X-Request-Id": asked} if (asked := log.request_id()) else {}
         request = f"GET {path} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in fields.items()) + "\r\n"
+        connection.sendall(request.encode("latin-1"))
+        connection.setblocking(False)
+        response = http.client.HTTPResponse(_Answer(self, connection, deadline, doing), method="GET")  # type: ignore[arg-type]
+        response.begin()
+        body = response.read(ANSWER_SIZE)
         try:
-            with connect(address, max(0.001, deadline - time.monotonic())) as connection:
-                connection.sendall(request.encode("latin-1"))
-                connection.setblocking(False)
-                response = http.client.HTTPResponse(_Answer(self, connection, deadline, doing), method="GET")  # type: ignore[arg-type]
-                response.begin()
-                body = response.read(ANSWER_SIZE)
+            value = json.loads(body)
+        except ValueError:
+            value = None
+        return response.status, value if isinstance(value, dict) else {}
+
+    @contextlib.contextmanager
+    def _expecting(self, path: str, doing: str) -> Iterator[None]:
+        """Say what it means that it can't be asked for `path`, or gives no answer. Raises SuccessorError."""
+        try:
+            yield
         except TimeoutError:
             raise _NoAnswerError(f"did not answer GET {path} {doing} in time", "handover-timeout") from None
         except (OSError, http.client.HTTPException) as error:
             self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
             what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
             raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}", "handover-no-answer") from None
-        try:
-            value = json.loads(body)
-        except ValueError:
-            value = None
-        return response.status, value if isinstance(value, dict) else {}
 
 
 def _error_text(number: str) -> str:

@@ -385,14 +385,15 @@ class Upgrader:
         }
 
     def _hand_over(self, successor: Successor) -> None:
-        """Stop accepting, and let the successor accept."""
-        if successor.shares_listener:
-            self._server.pause(self._settings.drain)
-        else:
-            for listener in self._frontend.listeners:
-                listener.remove()
-            self._server.release(self._settings.drain)
-        successor.replace()
+        """Stop accepting, and let the successor accept: nobody does between, so what takes time is done before."""
+        with successor.reach() as connection:
+            if successor.shares_listener:
+                self._server.pause(self._settings.drain)
+            else:
+                for listener in self._frontend.listeners:
+                    listener.remove()
+                self._server.release(self._settings.drain)
+            successor.replace(connection)
 
     def _step(self, upgrade_id: str, event: Event, **fields: Any) -> None:
         """Ask the machine, then write it down, and only then go on.
