@@ -21,7 +21,8 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from selfupdate import notify, posix, transcript
-from selfupdate.listener import FIRST_FD, HANDOVER_FD, names_of, owners_of
+from selfupdate.listener import FIRST_FD, HANDOVER_FD, names_of
+from selfupdate.owners import owners_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -20,7 +20,6 @@ import os
 import re
 import socket
 import stat
-import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,15 +42,8 @@ _MAX_PATH = 107
 _PATH_MODE = 0o666
 """Of a Unix socket's file, before the umask: who may write to it may connect (unix(7))."""
 
-_PEER_TIME = 1.0
+PEER_TIME = 1.0
 """Seconds for a Unix socket to take a connection; the kernel does, unless the queue is full."""
-_UCRED = struct.Struct("=iII")
-"""pid, uid, gid."""
-
-_LISTENING = "0A"
-"""TCP_LISTEN in /proc/net/tcp."""
-_MAPPED = bytes(8) + struct.pack(">I", *struct.unpack("=I", b"\0\0\xff\xff"))
-"""What stands before an IPv4 address in IPv6's form there."""
 
 _UNNAMED = "unknown"
 """What sd_listen_fds_with_names(3) calls sockets without names."""
@@ -174,60 +166,6 @@ def is_local(listener: socket.socket) -> bool:
     return is_loopback(_address_in_kernel(listener))
 
 
-def owners_of(address: Address) -> set[int]:
-    """Return the accounts, by uid, whose processes listen on `address`: another's answers are none of a successor's.
-
-    The kernel says whose each listening socket is (proc(5), /proc/net/tcp; the file of a Unix socket).
-    """
-    if sys.platform == "win32":
-        return set()
-    if address.path:
-        return _owners_of_path(address)
-    family, (host, port) = _resolve(address)
-    ours = _in_kernel(family, host)
-    owners: set[int] = set()
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), Path(f"/proc/net/{table}").open(encoding="ascii") as lines:
-            next(lines)  # the names of the columns
-            for line in lines:
-                _, local, _, state, _, _, _, uid, *_ = line.split()
-                if state != _LISTENING:
-                    break  # those that listen come first, and of the others there may be many thousands
-                place, _, number = local.rpartition(":")
-                if int(number, 16) == port and _overlap(ours, bytes.fromhex(place)):
-                    owners.add(int(uid))
-    return owners
-
-
-def _owners_of_path(address: Address) -> set[int]:
-    if sys.platform == "win32":
-        return set()
-    try:
-        if not address.path.startswith("@"):
-            return {Path(address.path).stat().st_uid}
-        with connect(address, _PEER_TIME) as peer:  # a name without a file: the kernel knows who called listen(2)
-            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    except (FileNotFoundError, ConnectionRefusedError):
-        return set()
-    return {_UCRED.unpack(credentials)[1]}
-
-
-def _in_kernel(family: int, host: str) -> bytes:
-    """Return an address as /proc/net/tcp shows it: words of 32 bits in the machine's order."""
-    packed = socket.inet_pton(family, host)
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return struct.pack(f">{len(words)}I", *words)
-
-
-def _overlap(one: bytes, other: bytes) -> bool:
-    """Tell whether two addresses in the kernel's form can be reached by the same: one of them may be every address.
-
-    An IPv4 address may be written as an IPv6 one (RFC 4291, section 2.5.5.2).
-    """
-    one, other = (place.removeprefix(_MAPPED) for place in (one, other))
-    return one == other or not any(one) or not any(other)
-
-
 def bind(address: Address) -> socket.socket:
     """Return a listening, non-blocking socket on `address`.
 
@@ -291,7 +229,7 @@ def _bound(address: Address) -> socket.socket:
     """Return a socket that is bound to `address` and does not listen. Raises OSError."""
     if address.path:
         return _bind_path(address.path)
-    family, sockaddr = _resolve(address)
+    family, sockaddr = resolve(address)
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setblocking(False)
@@ -341,7 +279,7 @@ def connect(address: Address, timeout: float) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         target: str | tuple[str | int, ...] = _sun_path(address.path)
     else:
-        family, sockaddr = _resolve(address)
+        family, sockaddr = resolve(address)
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
         connection = socket.socket(family, socket.SOCK_STREAM)
         target = (loopback.get(sockaddr[0], sockaddr[0]), *sockaddr[1:])
@@ -410,7 +348,7 @@ def _address_in_kernel(listener: socket.socket) -> Address:
     raise OSError(errno.EAFNOSUPPORT, "only TCP and Unix sockets can")
 
 
-def _resolve(address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
+def resolve(address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
     """Return the family and address to bind, without asking a name server for what needs none."""
     if not address.host:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -449,7 +387,7 @@ def _clear(path: str) -> None:
     if not stat.S_ISSOCK(Path(path).lstat().st_mode):
         raise OSError(errno.EEXIST, "a file that is no socket is there; move it away, or choose another path")
     try:
-        connect(Address(path=path), _PEER_TIME).close()
+        connect(Address(path=path), PEER_TIME).close()
     except ConnectionRefusedError:
         Path(path).unlink()
     except TimeoutError:

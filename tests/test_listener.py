@@ -13,6 +13,7 @@ import pytest
 from service import as_manager
 
 from selfupdate import listener as listeners
+from selfupdate import owners
 from selfupdate.errors import StartError
 from selfupdate.listener import Address, Listener
 
@@ -73,10 +74,10 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 def test_a_name_without_a_file(tmp_path: Path) -> None:
     """An abstract name is reached like a path; nothing is left of it, and the kernel knows whose it is."""
     address = listeners.parse_address(f"unix:@{tmp_path}")
-    assert listeners.owners_of(address) == set()
+    assert owners.owners_of(address) == set()
     with listeners.bind(address):
         listeners.connect(address, 5).close()
-        assert listeners.owners_of(address) == {os.geteuid()}
+        assert owners.owners_of(address) == {os.geteuid()}
     listeners.remove(address)
     listeners.bind(address).close()
 

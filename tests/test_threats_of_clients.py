@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -12,13 +13,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import pytest
 from programs import Programs, shell, write_program
 from service import PATIENCE, Service, resources
 
 from selfupdate import listener as listeners
+from selfupdate import owners
 from selfupdate.listener import Address
 from selfupdate.settings import Limits
 
@@ -145,20 +147,33 @@ _REACHED = [
 ]
 
 
+@pytest.fixture(params=["asked", "in tables"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernel say who listens where in each of the two ways: one that may not be asked has tables."""
+    others = {"asked": "_in_tables", "in tables": "_asked"}
+    monkeypatch.setattr(owners, others[request.param], _refuse)
+
+
+def _refuse(_: int) -> NoReturn:
+    raise OSError(errno.EAFNOSUPPORT, "not this way")
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(("asked", "host"), _REACHED)
 def test_whoever_is_reached_is_known(squat: Callable[..., Squatter], asked: str, host: str) -> None:
     """Rows 54 to 58. Where another account's process is reached on an address, it is known to be another account's."""
     address = Address(asked, _free_port())
     squat(host, address.port)
     listeners.connect(address, PATIENCE).close()
-    assert 65534 in listeners.owners_of(address)
+    assert 65534 in owners.owners_of(address)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("asked", [*ASKED_4, *ASKED_6])
 def test_who_listens_himself_is_known(asked: str) -> None:
     """Rows 54 to 58. What this account listens on is not taken for another's."""
     with listeners.bind(Address(asked, 0)) as listener:
-        assert listeners.owners_of(listeners.address_of(listener, Address(asked, 0))) == {os.geteuid()}
+        assert owners.owners_of(listeners.address_of(listener, Address(asked, 0))) == {os.geteuid()}
 
 
 @pytest.mark.parametrize("host", HOSTS)
