@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,25 +115,41 @@ class Scanner:
         self._lock = threading.Lock()
         self.last: list[Candidate] | None = None
         """What the last scan of this process returned; None before the first."""
-        self._versions: dict[str, Version | CandidateError] = {}
-        """What each digest answered to `-version`, or why it is no candidate."""
+        self._versions: dict[str, Version] = {}
+        """What each digest answered to `-version`."""
+        self._failures: dict[str, tuple[float, CandidateError]] = {}
+        """Why it is no candidate, and when that was found."""
 
     def scan(self, *, retry: bool = False) -> list[Candidate]:
         """Return every candidate, the one that would be chosen first; then by version, greatest first.
 
-        Answers to `-version` are remembered; with `retry`, failures are asked again.
+        Answers to `-version` are remembered; with `retry`, failures are asked again that were found before.
         Raises ScanError where the directory can't be read or nothing can be trusted, StopRequestedError when
         the process is to stop.
         """
         if self._fault is not None:
             raise ScanError(f"Upgrades are off: {self._fault}.", self._fault.code, self._fault.remedy)
+        asked = time.monotonic()
         trusted = self._trust.read()
         with self._lock:
-            if retry:
-                self._versions = {key: value for key, value in self._versions.items() if isinstance(value, Version)}
-            found = self._examine(self._names(), trusted)
-            self._prune(found)
-            self._store.findings.save()
+            if retry:  # another scan may have ended just now, which this one waited for
+                self._failures = {key: value for key, value in self._failures.items() if value[0] >= asked}
+            return self._scan(trusted)
+
+    def look_ahead(self, may: Callable[[], bool]) -> None:
+        """Find out what `scan` would, and remember it, if that may be when it comes to it. Raises what `scan` does."""
+        trusted = self._trust.read()
+        with self._lock:
+            if may():
+                self._scan(trusted)
+
+    def _scan(self, trusted: Reading) -> list[Candidate]:
+        found = self._examine(self._names(), trusted)
+        self._prune(found)
+        self._store.findings.save()
+        digests = {candidate.release.sha256 for candidate in found if candidate.release}
+        self._versions = {sha256: version for sha256, version in self._versions.items() if sha256 in digests}
+        self._failures = {sha256: failure for sha256, failure in self._failures.items() if sha256 in digests}
         found.sort(key=lambda candidate: candidate.name)
         found.sort(key=lambda candidate: (candidate.version is not None, candidate.version), reverse=True)
         self.last = self._rank(found)
@@ -218,7 +235,10 @@ class Scanner:
             sha256 = self._store.findings.digest_of(path, Identity.of(path.stat()))
         except OSError:
             return True  # there is nothing to be known
-        return sha256 is not None and (sha256 in self._versions or self._store.findings.version_of(sha256) is not None)
+        if sha256 is None:
+            return False
+        is_known = sha256 in self._versions or sha256 in self._failures
+        return is_known or self._store.findings.version_of(sha256) is not None
 
     def _look(self, name: str, trusted: Reading) -> Candidate | None:
         """Return the candidate `name`, or None where it is none. Nothing is executed before it is verified."""
@@ -240,17 +260,17 @@ class Scanner:
             return Candidate(name, None, release, error.with_traceback(None))
 
     def _version(self, release: Release) -> Version:
+        if release.sha256 in self._failures:
+            raise self._failures[release.sha256][1]
         answer = self._versions.get(release.sha256) or self._told_before(release)
         if answer is None:
             try:
                 answer = self._ask(release)
             except CandidateError as error:
-                answer = error
-            else:
-                self._store.findings.note_version(release.sha256, str(answer))
+                self._failures[release.sha256] = (time.monotonic(), error)
+                raise
+            self._store.findings.note_version(release.sha256, str(answer))
         self._versions[release.sha256] = answer
-        if isinstance(answer, CandidateError):
-            raise answer
         return answer
 
     def _told_before(self, release: Release) -> Version | None:

@@ -182,7 +182,7 @@ class Lifecycle:
         """Call `follower` with each event and the phase that it led to; it must not step itself."""
         self._followers.append(follower)
 
-    def wait_for(self, phases: Collection[Phase], timeout: float) -> None:
-        """Wait until the process is in one of `phases`, at most `timeout` seconds."""
+    def wait_for(self, phases: Collection[Phase], timeout: float | None) -> None:
+        """Wait until the process is in one of `phases`, at most `timeout` seconds; without end where that is None."""
         with self._changed:
             self._changed.wait_for(lambda: self._phase in phases, timeout)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from selfupdate.settings import Settings
     from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
+    from selfupdate.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ class _Service:
         self._trust: Trust
         self._upgrader: Upgrader
         self._company: Company
+        self._watch: Watch
 
     def _complete(self) -> None:
         """Put together the rest: what upgrades, and what tells of it."""
@@ -163,6 +165,7 @@ class _Service:
         from selfupdate.standing import Standing
         from selfupdate.trust import Trust
         from selfupdate.upgrade import Upgrader
+        from selfupdate.watch import Watch
 
         given, stop_fd = self._settings, self._stop_request.fileno()
         self._trust = Trust(given, self._store, stop_fd)
@@ -230,6 +233,7 @@ class _Service:
             metrics=metrics,
         )
         self._app.complete(api.routes, AT_HAND, metrics.answered)
+        self._watch = Watch(given.upgrade_dir, scanner.look_ahead, self._lifecycle, stop_fd)
 
     def _follow(self) -> None:
         """Have the service manager told what happens."""
@@ -274,6 +278,7 @@ class _Service:
             self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
+            self._look_ahead()
             if not self._settings.upgrade_dir.is_dir():
                 _log.warning("there is no upgrade directory yet", extra={"directory": str(self._settings.upgrade_dir)})
         while True:
@@ -287,6 +292,11 @@ class _Service:
                 self._settle()
             else:
                 return self._stop(word)
+
+    def _look_ahead(self) -> None:
+        """Know what is in the upgrade directory before anybody asks, if upgrades are on."""
+        if self._fault is None and self._trust.is_on:
+            self._watch.begin()
 
     def _hang_up(self) -> None:
         """Begin an upgrade, or leave that to the version that this process is about to become."""
@@ -325,9 +335,11 @@ class _Service:
             self._incumbent.close_channel()
             self._manager.is_main = True
         self._upgrader.open()
+        self._look_ahead()
 
     def _retire(self) -> int:
         """Leave the service to the process that took over, or become it; return the exit status."""
+        self._watch.end(self._settings.limits.kill_time)
         comeback = self._upgrader.comeback
         if comeback:
             environ = {**os.environ, **self._settings.environment()}
@@ -499,6 +511,7 @@ class _Service:
         if self._incumbent and self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL}:
             self._incumbent.announce(STOPPING="1", X_SELF_UPDATE_STOP="1")
         self._upgrader.stop()
+        self._watch.end(self._settings.limits.kill_time)
         partner = self._partner()
         self._pass_stop_on(partner)
         try:

@@ -120,6 +120,11 @@ class Trust:
         self._last: Reading | TrustError | None = None
         self._verdicts: dict[tuple[str, str, bytes], list[Signer] | CandidateError] = {}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can come to be trusted."""
+        return self._scheme is not None or bool(self._settings.insecure_allow_unsigned)
+
     def read(self) -> Reading:
         """Read whom to trust now. Raises TrustError where nothing can be trusted."""
         if self._scheme is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from programs import shell, write_program
+from service import PATIENCE
 
 from selfupdate import settings, versions
 from selfupdate.candidates import Candidate, Scanner
@@ -21,6 +22,8 @@ from selfupdate.trust import Trust
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from selfupdate.trust import Reading
 
 
 @pytest.fixture
@@ -329,3 +332,34 @@ def test_a_state_directory_that_cannot_keep_releases(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="file cannot keep releases: Not a directory") as caught:
         Store(tmp_path / "file", 1).open()
     assert caught.value.remedy == "make it writable for this account, or give another one with -state-dir"
+
+
+def test_a_choice_during_a_look_ahead_shares_what_that_finds(
+    directory: Path, scanner: Callable[..., Scanner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks none again that failed meanwhile, which it waited for; the next choice does."""
+    runs, barrier = directory.parent / "runs", directory.parent / "barrier"
+    os.mkfifo(barrier)
+    write_program(directory / "fails", f"#!/bin/sh\necho >> {runs}\nread -r word < {barrier}\nexit 1\n".encode())
+    looking, read, has_asked = scanner(), Trust.read, threading.Event()
+    ahead = threading.Thread(target=looking.look_ahead, args=[lambda: True])
+    ahead.start()
+    with barrier.open("w", encoding="ascii") as gate:  # it has been opened at the other end: the look is under way
+
+        def tell(trust: Trust) -> Reading:
+            has_asked.set()
+            return read(trust)
+
+        monkeypatch.setattr(Trust, "read", tell)
+        choice = threading.Thread(target=looking.choose)
+        choice.start()
+        assert has_asked.wait(PATIENCE)
+        gate.write("on\n")
+    ahead.join()
+    choice.join()
+    assert runs.read_text(encoding="ascii") == "\n"
+    opens = threading.Thread(target=barrier.write_text, args=["on\n", "ascii"])
+    opens.start()
+    looking.choose()
+    opens.join()
+    assert runs.read_text(encoding="ascii") == "\n\n"

@@ -63,10 +63,11 @@ IMPORTERS = {
 
 KNOWN = {
     ("program", "file_of_this_program", "sys.modules"),
+    ("watch", "_eye_on", "import ctypes"),
     ("win32", "", "import ctypes"),
     ("win32", "", "from ctypes import wintypes"),
 }
-"""What could lead elsewhere: a look at where this program itself was loaded from, and the calls of Windows."""
+"""What could lead elsewhere: where this program itself was loaded from, and the calls of inotify and Windows."""
 
 TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._ask")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
