@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_TURN = 0.0005
+"""Seconds that a thread keeps the interpreter from one that wants it. With Python's own 5 ms whoever asks waits for
+that long, and again and again, while another thread drives an upgrade."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the service for a command line (without the program's name); return the exit status."""
@@ -118,6 +122,7 @@ def _open_missing_streams() -> None:
 
 class _Service:
     def __init__(self, given: Settings) -> None:
+        sys.setswitchinterval(_TURN)
         self._signals = Signals()
         self._incumbent = Incumbent(os.environ) if given.upgrade else None
         is_main = self._incumbent is None or self._incumbent.comes_back
