@@ -355,6 +355,9 @@ def resolve(address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
         return family, ("::" if family == socket.AF_INET6 else "0.0.0.0", address.port)  # noqa: S104 - `:8080` asks for it
     if address.host == "localhost":
         return socket.AF_INET, ("127.0.0.1", address.port)
+    with contextlib.suppress(OSError):  # no such literal: the tables of names, with which getaddrinfo begins, are large
+        socket.inet_pton(socket.AF_INET, address.host)
+        return socket.AF_INET, (address.host, address.port)
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError:  # a label that is empty or too long
