@@ -17,7 +17,6 @@ import contextvars
 import json
 import logging
 import os
-import random
 import sys
 import threading
 from datetime import UTC, datetime
@@ -61,7 +60,7 @@ def configure(environ: Mapping[str, str], *, dev: bool, generation: int, upgrade
 
 def begin_request(given: str = "") -> None:
     """Have the lines that this thread writes from here on bear the id `given` by the client, or a new one."""
-    _request.set(given or f"{random.getrandbits(48):012x}")
+    _request.set(given or os.urandom(6).hex())
 
 
 def request_id() -> str:

@@ -8,9 +8,7 @@ replace it at any moment, and the copy does not change.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import shutil
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -140,14 +138,14 @@ class Store:
         kept = set(kept)
         for directory in self._root.iterdir():
             if directory.name not in kept and not directory.name.startswith(_NEW):
-                shutil.rmtree(directory, ignore_errors=True)
+                _remove(directory)
         self._staged = {key: copy for key, copy in self._staged.items() if copy.sha256 in kept}
         self.findings.forget_all_but(kept)
 
     def clear(self) -> None:
         """Remove what copies and questions left behind that a crash interrupted; nobody else may use the store now."""
         for directory in self._root.glob(f"{_NEW}*"):
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
 
     def scratch(self) -> Path:
         """Return a new empty directory, for the caller to remove."""
@@ -176,13 +174,15 @@ class Store:
                 raise CandidateError("is still being copied; it is looked at again", "candidate-changing")
             return Copy(self._keep(incoming, sha256), source.name, sha256, source, identity)
         finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            _remove(incoming)
 
     def _too_big(self, size: int) -> CandidateError:
         return CandidateError(f"has {size} bytes; at most {self._size_limit} are taken", "candidate-too-big")
 
     def _write(self, reader: io.RawIOBase, target: Path) -> str:
         """Copy `reader` to the new file `target`, durable and executable; return the digest."""
+        import hashlib  # which a start need not wait for, once this program has been copied
+
         sha256 = hashlib.sha256()
         left = self._size_limit
         writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), RELEASE_MODE)
@@ -219,6 +219,8 @@ def install(copy: Copy, program: Path) -> None:
 
     Mode and owner stay. Raises InstallError, and `program` is as it was.
     """
+    import shutil
+
     partial = program.with_name(f".{program.name}.{os.urandom(4).hex()}.new")
     try:
         mend(program)
@@ -242,5 +244,13 @@ def install(copy: Copy, program: Path) -> None:
 
 def digest(path: Path) -> str:
     """Return the SHA-256 digest of a file, in hexadecimal. Raises OSError."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(directory: Path) -> None:
+    import shutil  # which brings three compressors along: a start that finds nothing to remove need not wait for them
+
+    shutil.rmtree(directory, ignore_errors=True)

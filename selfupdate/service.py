@@ -29,7 +29,6 @@ from selfupdate.errors import (
     UsageError,
 )
 from selfupdate.frontend import Frontend
-from selfupdate.incumbent import Incumbent, Standby
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.manager import Manager
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from selfupdate.company import Company
+    from selfupdate.incumbent import Incumbent, Standby
     from selfupdate.listener import Address, Listener
     from selfupdate.settings import Settings
     from selfupdate.trust import Trust
@@ -124,7 +124,11 @@ class _Service:
     def __init__(self, given: Settings) -> None:
         sys.setswitchinterval(_TURN)
         self._signals = Signals()
-        self._incumbent = Incumbent(os.environ) if given.upgrade else None
+        self._incumbent: Incumbent | None = None
+        if given.upgrade:
+            from selfupdate.incumbent import Incumbent
+
+            self._incumbent = Incumbent(os.environ)
         is_main = self._incumbent is None or self._incumbent.comes_back
         self._manager = Manager(os.environ, __version__, is_main=is_main)
         self._settings = given = self._with_trust(given)
@@ -259,6 +263,8 @@ class _Service:
     def run(self) -> int:
         """Serve until a stop signal, or until a successor has taken over; return the exit status."""
         if self._incumbent:
+            from selfupdate.incumbent import Standby
+
             self._standby = Standby(
                 self._incumbent,
                 settings=self._settings,
@@ -461,6 +467,7 @@ class _Service:
             return
         try:
             self._program.sha256 = self._store.stage(self._program.path).sha256
+            self._store.findings.save()  # the next start need not read the file
         except CandidateError as error:
             _log.warning("no rollback to this version will be possible", extra={"reason": str(error)})
 

@@ -25,7 +25,7 @@ MAX_LENGTH = 128
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[a-zA-Z-][0-9a-zA-Z-]*)"
-_SEMVER = re.compile(
+_SEMVER = (  # compiled when the first version is asked, not at start
     rf"(?P<release>{_NUMBER}\.{_NUMBER}\.{_NUMBER})"
     rf"(?:-(?P<pre>{_IDENTIFIER}(?:\.{_IDENTIFIER})*))?"
     r"(?:\+(?P<build>[0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
@@ -104,7 +104,7 @@ def parse(text: str) -> Version:
     """
     bare = text.removeprefix("v")
     if len(bare) <= MAX_LENGTH and bare.isascii():
-        match = _SEMVER.fullmatch(bare)
+        match = re.fullmatch(_SEMVER, bare)
         if match:
             pre = match["pre"].split(".") if match["pre"] else ()
             return Version(bare, [int(number) for number in match["release"].split(".")], pre)
