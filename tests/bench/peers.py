@@ -106,6 +106,7 @@ class SelfUpdate:
         next_one = self._service.upgrade_dir / "next"
         shutil.copy2(self._programs.version(version), next_one.with_suffix(".new"))
         next_one.with_suffix(".new").replace(next_one)
+        self._service.get("/candidates")  # which the service looks at by itself: what it takes is not steady state
 
     def upgrade(self, version: str, load: Load) -> Upgrade:
         old = self._service.get("/status")["pid"]
