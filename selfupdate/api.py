@@ -15,7 +15,6 @@ from selfupdate.journal import KEPT
 from selfupdate.listener import join
 from selfupdate.messages import Request, Response, json_response, problem
 from selfupdate.page import with_state
-from selfupdate.relay import relay
 from selfupdate.settings import parse_duration
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from selfupdate.standing import Standing
     from selfupdate.upgrade import Upgrader
 
-# All files are read at start: a running program must not depend on the one that it was started from.
+# Read now: a running program must not depend on the file that it was started from.
 _CONTRACT = pkgutil.get_data("selfupdate", "openapi.json") or b""
 _PAGE = {
     path: (pkgutil.get_data("selfupdate", f"ui/{name}") or b"", content_type)
@@ -132,6 +131,8 @@ class Api:
 
     def _relay(self, request: Request) -> Response:
         """Return what the process answers that serves now."""
+        from selfupdate.relay import relay  # which only the end of a process needs
+
         return relay(request, self._frontend.binds[0], self._settings.drain)
 
     def _accepted(self, record: Record, wait: float) -> Response:

@@ -1,7 +1,7 @@
 """Who may ask, and which route a question is for: `GET /candidates`, say, is the business of whoever serves it.
 
 The routes come in two parts. The first are answered as soon as the server accepts; a question for any other
-waits until the rest is put together, which it is while the first are being answered.
+waits until the rest is put together, which at a start is behind that.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class App:
 
 
 def _pattern(path: str) -> str:
-    return UPGRADE if re.fullmatch(r"/upgrades/[0-9A-Za-z-]+", path) else path
+    if re.fullmatch(r"/upgrades/[0-9A-Za-z-]+", path):
+        return UPGRADE
+    return OTHER if path == UPGRADE else path  # a path that is the pattern itself leads nowhere
 
 
 def _refuse(error: SelfUpdateError) -> Response:

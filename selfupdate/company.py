@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from selfupdate import signals
 from selfupdate.errors import NotNowError
 from selfupdate.messages import Request
-from selfupdate.relay import relay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,6 +119,8 @@ class Company:
 
     def _is_healthy(self) -> bool:
         """Tell whether the service answers."""
+        from selfupdate.relay import relay
+
         try:
             asked = Request("GET", "/healthz", {}, {}, b"")
             return relay(asked, self._frontend.binds[0], self._health_time).status == http.HTTPStatus.OK

@@ -61,7 +61,7 @@ class _FramingError(Exception):
         self.detail = detail
 
 
-_COMMON = re.compile(rb"(GET|HEAD|POST) (/(?!/)[!-~]*|/) HTTP/1\.1\r?\n")
+_COMMON = re.compile(rb"(GET|HEAD|POST) (/(?!/)[!-~]*|/) (HTTP/1\.[01])\r?\n")
 """The first line of nearly all requests."""
 _ID = re.compile(rb"\n(?i:x-request-id):[ \t]*([!-~]{1,128})[ \t]*\r?\n")
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
@@ -212,7 +212,7 @@ class Connection:
         """Take the request line apart, and tell whether it is one that is answered; else it has been refused."""
         common = _COMMON.fullmatch(line)
         if common:
-            self.command, self.path, self.request_version = common[1].decode(), common[2].decode(), "HTTP/1.1"
+            self.command, self.path, self.request_version = (part.decode() for part in common.groups())
         else:
             from selfupdate.parser import Parser
 

@@ -22,7 +22,7 @@ _LENGTH = re.compile(rb"(?im)^content-length:[ \t]*([0-9]{1,9})[ \t]*\r?$")
 _EXPECTS = re.compile(rb"(?im)^expect:[ \t]*100-continue")
 
 
-def end_of(received: bytearray) -> int | None:
+def end_of(received: bytes | bytearray) -> int | None:
     """Return how many bytes the head has; None where its end has not arrived."""
     end = _END.search(received)
     return end.end() if end else None

@@ -8,6 +8,7 @@ protocol alone passes neither, and its end is seen by its process.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import http
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfupdate import listener as listeners
 from selfupdate import process, system
-from selfupdate.access import goes_by, is_same
+from selfupdate.access import goes_by
 from selfupdate.errors import IllegalTransitionError, StartError, StateError
 from selfupdate.foreign import shown
 from selfupdate.journal import Record, now
@@ -232,7 +233,7 @@ class Standby:
             return problem(403, "Only the incumbent may ask for this, and no browser.")
         proof = request.headers.get("authorization", "").encode("latin-1")
         with self._lock:
-            if self._incumbent.secret and not is_same(proof, f"Bearer {self._incumbent.secret}".encode()):
+            if self._incumbent.secret and not hmac.compare_digest(proof, f"Bearer {self._incumbent.secret}".encode()):
                 return problem(403, "Only the incumbent, which handed a secret over, may ask for this, and once.")
             answer = self._take_over()
             if answer.status == http.HTTPStatus.OK:

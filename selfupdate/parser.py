@@ -1,7 +1,7 @@
 """Request lines as `http.server` reads them: all but the one form that nearly all clients send.
 
 What it imports to read a request, a parser of mail and TLS among it, takes longer than the rest of a start.
-So this module is read behind the first answers.
+So this module is read behind the first answers, or when it is needed first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""That this process is there, and whether it is well: the answers that a successor has on standby, too."""
+"""That this process is there, and whether it is well, which a successor on standby tells, too."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A whole service, put together: from the settings to the exit status.
 
-In two parts. First comes what must be there before anybody can be served, or handed over to;
-then the rest, while the first requests are being answered.
+In two parts. First comes what must be there before anybody can be served, then the rest: at a start while the
+first requests are being answered, in a successor before it stands by.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ class _Service:
         self._server.follow(self._app.answered)
         self._follow()
         self._standby: Standby | None = None
+        # Put together later, by `_complete`.
         self._trust: Trust
         self._upgrader: Upgrader
         self._company: Company
@@ -163,8 +164,6 @@ class _Service:
 
     def _complete(self) -> None:
         """Put together the rest: what upgrades, and what tells of it."""
-        # All modules are read at start: a running program must not depend on the file that it was started from.
-        import selfupdate.parser  # noqa: F401
         from selfupdate.api import AT_HAND, Api
         from selfupdate.candidates import Scanner
         from selfupdate.company import Company
@@ -265,6 +264,9 @@ class _Service:
         if self._incumbent:
             from selfupdate.incumbent import Standby
 
+            self._complete()  # first: what is imported beside the first requests would keep them waiting
+            if self._incumbent.is_plain:
+                _read_the_rest()
             self._standby = Standby(
                 self._incumbent,
                 settings=self._settings,
@@ -280,12 +282,11 @@ class _Service:
             except StartError as error:
                 if not self._incumbent.comes_back:
                     raise
-                self._complete()
                 return self._give_up(error)
-            self._complete()
         else:
             self._accept(listeners.listen(self._places))
             self._complete()
+            _read_the_rest()
             self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
@@ -567,6 +568,14 @@ class _Service:
 
 def _address_of(place: Address | Listener) -> Address:
     return place.address if isinstance(place, listeners.Listener) else place
+
+
+def _read_the_rest() -> None:
+    """Import what may be needed later: the file that this program was started from may be replaced at any time.
+
+    Not that of a successor of this program: it is a copy, which stays as long as it runs.
+    """
+    from selfupdate import parser, relay  # noqa: F401
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:

@@ -15,8 +15,7 @@ and again: a plain successor's temporary server, and health.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import io
+import http
 import json
 import os
 import time
@@ -26,17 +25,16 @@ from selfupdate import log, process, system, versions
 from selfupdate.errors import StopRequestedError, SuccessorError, UpgradeError, VersionError
 from selfupdate.foreign import shown
 from selfupdate.listener import Address, connect
+from selfupdate.question import NoAnswerError, answer_in, ask_for
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator, Mapping, Sequence
 
-    from _typeshed import WriteableBuffer
-
     from selfupdate.journal import Record
     from selfupdate.settings import Settings
 
-ANSWER_SIZE = 65536
+_CHUNK = 65536
 _LONGEST_STATUS = 200
 _REPLACE = "/replace"
 _TAKING_OVER = "when it was to take over"
@@ -44,29 +42,6 @@ _TAKING_OVER = "when it was to take over"
 
 class _NoAnswerError(SuccessorError):
     """It lives, and does not answer a question."""
-
-
-class _Answer(io.RawIOBase):
-    """What it answers, within one deadline for the whole of it, and given up for whatever else happens."""
-
-    def __init__(self, successor: Successor, connection: socket.socket, deadline: float, doing: str) -> None:
-        self._successor = successor
-        self._connection = connection
-        self._deadline = deadline
-        self._doing = doing
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return what http.client reads an answer from."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        if not self._successor.wait(self._deadline, self._doing, self._connection.fileno()):
-            raise TimeoutError
-        count: int = self._connection.recv_into(buffer)
-        return count
 
 
 class Successor:
@@ -151,7 +126,7 @@ class Successor:
             return
         deadline = time.monotonic() + self._limits.replace_time
         status, health = self._get(self._upgrade_bind, "/healthz", deadline, "when it was probed")
-        if status != http.client.OK:
+        if status != http.HTTPStatus.OK:
             raise SuccessorError(f"is not healthy: it answered {status} when it was probed", "probe-unhealthy")
         if not self._owns(health.get("pid")):
             raise SuccessorError(
@@ -177,7 +152,7 @@ class Successor:
     def reach(self) -> socket.socket:
         """Return a connection on which `replace` can ask. Raises SuccessorError, or UpgradeError for a stranger's.
 
-        It was made before it is seen whose process listens there, which is the one that it has stood by as since.
+        What is told the secret is what listened there when it stood by, and again behind the connection.
         """
         with self._expecting(_REPLACE, _TAKING_OVER):
             connection = connect(self._upgrade_bind, self._limits.replace_time)
@@ -197,7 +172,7 @@ class Successor:
         proof = {"Authorization": f"Bearer {self._secret}"}
         with self._expecting(_REPLACE, _TAKING_OVER):
             status, answer = self._ask(connection, _REPLACE, deadline, _TAKING_OVER, proof)
-        if status != http.client.OK:
+        if status != http.HTTPStatus.OK:
             detail = f": {answer['detail']}" if isinstance(answer.get("detail"), str) else ""
             raise SuccessorError(f"did not take over: it answered {status}{detail}", "handover-refused")
         if not self.shares_listener:
@@ -212,7 +187,7 @@ class Successor:
         while True:
             deadline = time.monotonic() + self._limits.health_time
             status, health = self._get(bind, "/healthz", deadline, doing)
-            if status >= http.client.INTERNAL_SERVER_ERROR:
+            if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise SuccessorError(f"is not healthy: it answered {status} on trial", "trial-unhealthy")
             if "pid" in health and not self._owns(health["pid"]):
                 raise SuccessorError(f"does not serve on {bind}: process {health['pid']!r} does", "trial-other-process")
@@ -299,7 +274,7 @@ class Successor:
             status, health = self._get(self._upgrade_bind, "/healthz", deadline, doing)
         except _NoAnswerError:  # it serves, and need not know that path
             return False
-        return self._owns(health.get("pid")) or status >= http.client.INTERNAL_SERVER_ERROR
+        return self._owns(health.get("pid")) or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
 
     def _wait_until_bound(self, bind: Address, deadline: float) -> None:
         while True:
@@ -328,19 +303,27 @@ class Successor:
         self, connection: socket.socket, path: str, deadline: float, doing: str, headers: Mapping[str, str]
     ) -> tuple[int, dict[str, Any]]:
         """Return the status and the JSON object (or none) that GET `path` answers. Raises what `_expecting` takes."""
-        fields = {"Host": "localhost", "Connection": "close", **headers}
-        fields |= {"X-Request-Id": asked} if (asked := log.request_id()) else {}
-        request = f"GET {path} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in fields.items()) + "\r\n"
-        connection.sendall(request.encode("latin-1"))
+        asked = {"X-Request-Id": log.request_id()} if log.request_id() else {}
+        connection.sendall(ask_for(path, {**headers, **asked}))
         connection.setblocking(False)
-        response = http.client.HTTPResponse(_Answer(self, connection, deadline, doing), method="GET")  # type: ignore[arg-type]
-        response.begin()
-        body = response.read(ANSWER_SIZE)
+        status, body = self._receive(connection, deadline, doing)
         try:
             value = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
-        return response.status, value if isinstance(value, dict) else {}
+        return status, value if isinstance(value, dict) else {}
+
+    def _receive(self, connection: socket.socket, deadline: float, doing: str) -> tuple[int, bytes]:
+        """Return what it answers, within one deadline for the whole of it, given up for whatever else happens."""
+        received = bytearray()
+        has_ended = False
+        while (answer := answer_in(received, has_ended=has_ended)) is None:
+            if not self.wait(deadline, doing, connection.fileno()):
+                raise TimeoutError
+            chunk = connection.recv(_CHUNK)
+            has_ended = not chunk
+            received += chunk
+        return answer
 
     @contextlib.contextmanager
     def _expecting(self, path: str, doing: str) -> Iterator[None]:
@@ -349,9 +332,9 @@ class Successor:
             yield
         except TimeoutError:
             raise _NoAnswerError(f"did not answer GET {path} {doing} in time", "handover-timeout") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, NoAnswerError) as error:
             self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
-            what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            what = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}", "handover-no-answer") from None
 
 

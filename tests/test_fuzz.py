@@ -35,6 +35,7 @@ from selfupdate.errors import VersionError as NoVersionError
 from selfupdate.foreign import shown
 from selfupdate.journal import Entry, Journal, Record
 from selfupdate.messages import Request, Response, json_response
+from selfupdate.question import ANSWER_SIZE, NoAnswerError, answer_in
 from selfupdate.settings import FLAGS, Limits, check, parse
 from selfupdate.sshformat import Key, parse_allowed_signers, parse_public_keys, parse_signatures
 from selfupdate.terminal import Terminal
@@ -735,3 +736,29 @@ def test_foreign_text(text: str | bytes, limit: int | None) -> None:
     assert once.encode().decode() == once
     assert shown(once, limit) == once
     assert limit is None or len(once) <= limit + 1
+
+
+ANSWERS = (
+    b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"status": "ok"}',
+    b'HTTP/1.0 503 Service Unavailable\r\nServer: x\r\n\r\n{"detail": "no"}',
+    b"HTTP/1.1 404\n\n",
+    b"HTTP/1.1 100\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+)
+
+
+@given(
+    mutated(st.sampled_from(ANSWERS), b"\r\n", b"\n\n", b"Content-Length: 99999999\r\n", b"x" * 70000),
+    st.integers(0, 200),
+)
+def test_answers_of_a_successor(received: bytes, cut: int) -> None:
+    """An answer is read or refused; what has come of it so far is incomplete, or the same answer."""
+    try:
+        whole = answer_in(bytearray(received), has_ended=True)
+    except NoAnswerError:
+        return
+    assert whole is not None
+    status, body = whole
+    assert 100 <= status <= 599
+    assert len(body) <= ANSWER_SIZE
+    early = answer_in(bytearray(received[:cut]), has_ended=False)
+    assert early in {None, whole}
