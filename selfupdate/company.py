@@ -113,8 +113,7 @@ class Company:
             word = self._told.next(interval, serving.exit_fd)
             if word not in {None, signals.SETTLED, signals.RETIRED}:
                 os.kill(serving.pid, word)
-        for listener in self._frontend.listeners:
-            listener.remove()  # it may have ended before it knew that this was left to it
+        self._frontend.remove_paths()  # it may have ended before it knew that this was left to it
         return min(abs(serving.end(0)), 1)
 
     def _is_healthy(self) -> bool:

@@ -28,7 +28,7 @@ from selfupdate.errors import (
     StateError,
     UsageError,
 )
-from selfupdate.frontend import Frontend
+from selfupdate.frontend import Frontend, find_places
 from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.manager import Manager
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from selfupdate.company import Company
     from selfupdate.incumbent import Incumbent, Standby
-    from selfupdate.listener import Address, Listener
+    from selfupdate.listener import Listener
     from selfupdate.settings import Settings
     from selfupdate.trust import Trust
     from selfupdate.upgrade import Upgrader
@@ -144,11 +144,14 @@ class _Service:
         self._journal = Journal(self._state.path / "journal")
         self._program = Program(__version__, None, program.file_of_this_program(), __version__)
         self._fault = self._open_state()
-        self._places = self._find_places()  # not before: what recovers starts anew, and leaves the sockets to that
+        passed = listeners.adopt(os.environ)  # not before: what recovers starts anew, and leaves the sockets to that
+        if self._incumbent:
+            passed = self._incumbent.recognise(passed)
+        has_token = self._token is not None
+        self._frontend = Frontend(find_places(given, passed, is_successor=given.upgrade, has_token=has_token))
         limits = given.limits._replace(connections=system.make_room(given.limits.connections))
-        self._settings = given = given._replace(bind=tuple(map(_address_of, self._places)), limits=limits)
+        self._settings = given = given._replace(bind=self._frontend.binds, limits=limits)
         self._stop_request = Stop()
-        self._frontend = Frontend(given.bind)
         self._presence = Presence(__version__, self._generation, self._lifecycle, self._stop_request)
         names = {*(bind.host.lower() for bind in given.bind), *(given.allowed_hosts or ())}
         self._app = App(Gate(self._token), names, self._presence.routes)
@@ -272,7 +275,7 @@ class _Service:
                 settings=self._settings,
                 lifecycle=self._lifecycle,
                 journal=self._journal,
-                places=self._places,
+                places=self._frontend.places,
                 health=self._presence.health,
                 accept=self._accept,
                 on_settled=self._signals.wake,
@@ -284,7 +287,7 @@ class _Service:
                     raise
                 return self._give_up(error)
         else:
-            self._accept(listeners.listen(self._places))
+            self._accept(listeners.listen(self._frontend.places))
             self._complete()
             _read_the_rest()
             self._upgrader.open()
@@ -379,7 +382,7 @@ class _Service:
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
         self._incumbent.announce(ERRNO=str(number), STATUS=str(error))
         self._lifecycle.step(Event.DISMISSED)
-        self._close_places()
+        self._frontend.leave()
         return self._retire()
 
     def _partner(self) -> system.Process | None:
@@ -397,34 +400,6 @@ class _Service:
             return system.own_child(pid) if pid else None
         except OSError:
             return None  # it has ended
-
-    def _find_places(self) -> list[Address | Listener]:
-        """Return what is to be served: addresses, and sockets that were passed on. Raises StartError."""
-        passed = listeners.adopt(os.environ)
-        if self._incumbent:
-            passed = self._incumbent.recognise(passed)
-        places = listeners.choose(self._settings.bind, passed)
-        for listener in passed:
-            if listener in places:
-                self._check_reach(listener)
-            else:
-                _log.warning("a socket that was passed on is not served", extra={"socket": listener.name})
-                listener.sock.close()
-        if not self._incumbent and "bind" in self._settings.given:
-            for address in self._settings.bind:
-                if not address.passed and address not in places:
-                    _log.warning("sockets were passed on: an address is not bound", extra={"bind": str(address)})
-        return places
-
-    def _check_reach(self, listener: Listener) -> None:
-        """Refuse to serve others with less than `-bind` would ask for. Raises StartError."""
-        if listeners.is_local(listener.sock):
-            return
-        what = f"the socket that was passed on for {listener.address} can be reached from other machines"
-        if self._settings.insecure_allow_unsigned:
-            raise StartError(f"{what}, and signatures are not checked; give -allowed-signers FILE")
-        if self._token is None:
-            raise StartError(f"{what}; give the token that a POST must bear with -token-file FILE")
 
     def _accept(self, found: Sequence[Listener]) -> None:
         self._frontend.open(found)
@@ -532,11 +507,12 @@ class _Service:
         except IllegalTransitionError:
             _log.debug("was stopping already, or has handed over", extra={"phase": self._lifecycle.phase})
         self._manager.stopping()
-        if not self._frontend.listeners:
-            self._close_places()
+        self._frontend.leave()
         if self._standby:
             self._standby.end()
-        self._remove_paths()
+        may_go_on = self._incumbent is not None and self._incumbent.may_serve_again
+        if self._lifecycle.phase is Phase.STOPPING and not may_go_on:
+            self._frontend.remove_paths()
         self._server.close(self._settings.drain)
         if self._lifecycle.phase is Phase.STOPPING:
             self._lifecycle.step(Event.STOPPED)
@@ -551,23 +527,6 @@ class _Service:
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGTERM)
-
-    def _close_places(self) -> None:
-        """Let go of what was passed on: this process will not serve there."""
-        for place in self._places:
-            if isinstance(place, listeners.Listener):
-                place.sock.close()
-
-    def _remove_paths(self) -> None:
-        """Remove the paths of this service's Unix sockets, if nobody will serve there any more."""
-        if self._lifecycle.phase is not Phase.STOPPING or (self._incumbent and self._incumbent.may_serve_again):
-            return
-        for listener in self._frontend.listeners:
-            listener.remove()
-
-
-def _address_of(place: Address | Listener) -> Address:
-    return place.address if isinstance(place, listeners.Listener) else place
 
 
 def _read_the_rest() -> None:
