@@ -1,4 +1,4 @@
-"""An HTTP/1.1 server around `http.server`'s parser that can be paused, resumed and drained.
+"""An HTTP/1.1 server, with `http.server`'s parser, that can be paused, resumed and drained.
 
 One thread, the loop, waits for everything that can arrive: connections on the
 listeners, and the next request on each open connection. It answers what the
@@ -132,6 +132,11 @@ class Server:
             self._close_listeners()
 
         self._call(release)
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether there is something to resume on."""
+        return bool(self._listeners)
 
     def resume(self) -> None:
         """Accept again on the listeners that were kept."""

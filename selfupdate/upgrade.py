@@ -43,6 +43,7 @@ from selfupdate.recovery import settle
 from selfupdate.started import Started
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
 
     from selfupdate.candidates import Scanner
@@ -318,8 +319,10 @@ class Upgrader:
         step(Event.ANNOUNCED)
         successor.probe()
 
-        step(Event.PROBED)
-        self._hand_over(successor)
+        # Nobody accepts from the pause to the successor's word: what can be done before is done before.
+        with successor.reach() as connection:
+            step(Event.PROBED)
+            self._hand_over(successor, connection)
 
         step(Event.REPLACED)
         successor.watch(probation)
@@ -384,16 +387,15 @@ class Upgrader:
             "listeners": [[str(listener.address), listener.is_own] for listener in shared],
         }
 
-    def _hand_over(self, successor: Successor) -> None:
-        """Stop accepting, and let the successor accept: nobody does between, so what takes time is done before."""
-        with successor.reach() as connection:
-            if successor.shares_listener:
-                self._server.pause(self._settings.drain)
-            else:
-                for listener in self._frontend.listeners:
-                    listener.remove()
-                self._server.release(self._settings.drain)
-            successor.replace(connection)
+    def _hand_over(self, successor: Successor, connection: socket.socket) -> None:
+        """Stop accepting, and let the successor accept, which is asked over `connection`."""
+        if successor.shares_listener:
+            self._server.pause(self._settings.drain)
+        else:
+            for listener in self._frontend.listeners:
+                listener.remove()
+            self._server.release(self._settings.drain)
+        successor.replace(connection)
 
     def _step(self, upgrade_id: str, event: Event, **fields: Any) -> None:
         """Ask the machine, then write it down, and only then go on.
@@ -446,10 +448,14 @@ class Upgrader:
 
     def _serve_again(self) -> None:
         """Accept again: at once on listeners that were kept, or on each address as soon as it is free."""
-        if self._successor is None or self._successor.shares_listener:
+        if self._server.has_listeners:
             self._server.resume()
-            return
-        self._successor.end(0)
+        else:
+            self._bind_again()
+
+    def _bind_again(self) -> None:
+        if self._successor:
+            self._successor.end(0)
         bound: dict[Address, Listener] = {}
         has_said = False
         while True:

@@ -65,6 +65,18 @@ def test_a_plain_successor_that_fails_is_rolled_back(start: Callable[..., Servic
     assert service.upgrade()["outcome"] == "up-to-date"
 
 
+def test_a_plain_successor_that_cannot_be_reached_costs_nothing(start: Callable[..., Service]) -> None:
+    """What is to be asked is reached before the service gives its address up, which therefore goes on."""
+    service = start()
+    fake(service.upgrade_dir / "foreign", "plain", "2.0.0", "goes deaf")
+    record = service.upgrade()
+    assert record["outcome"] == "aborted"
+    assert record["reason"] == "foreign did not answer GET /replace when it was to take over in time"
+    assert "REPLACING" not in [step["phase"] for step in record["timeline"]]
+    assert service.get("/version") == {"version": "1.0.0"}
+    assert service.upgrade()["outcome"] == "up-to-date"
+
+
 def test_a_foreign_successor_of_the_full_protocol_takes_over(start: Callable[..., Service]) -> None:
     """It inherits the listener, and the connections that waited are answered."""
     service = start("-probation", "300ms", "-drain", "5s")

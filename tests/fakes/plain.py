@@ -68,7 +68,18 @@ class Temporary(Service):
             os._exit(7)
 
 
+def go_deaf():
+    """Listen without room for more than the first who looks, and take nobody."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address("-upgrade-bind"))
+    listener.listen(0)
+    threading.Event().wait()
+
+
 if sys.argv[1:] == ["-version"]:
     print(VERSION)
+elif MODE == "goes deaf" and "LISTEN_FDS" not in os.environ:
+    go_deaf()
 elif sys.argv[1:2] == ["-upgrade"]:
     http.server.HTTPServer(address("-upgrade-bind"), Temporary).serve_forever()
