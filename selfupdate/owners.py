@@ -35,6 +35,8 @@ _HEADER = struct.Struct("=IHHII")
 """nlmsghdr (netlink(7)): length, type, flags, number, port."""
 _BY_FAMILY, _DONE = 20, 3
 """SOCK_DIAG_BY_FAMILY, NLMSG_DONE."""
+_STATUS = struct.Struct("=i")
+"""What ends all answers: a number of an error, negative, or nothing of the kind."""
 _ALL_THAT_MATCH = 0x301
 """NLM_F_REQUEST | NLM_F_DUMP."""
 _QUESTION = struct.Struct("=BBxxI2s46x")
@@ -57,7 +59,7 @@ def owners_of(address: Address) -> set[int]:
     ours = socket.inet_pton(family, host)
     try:
         found = [*_asked(port)]
-    except OSError:
+    except (OSError, struct.error):
         found = [*_in_tables(port)]
     return {uid for place, uid in found if _overlap(ours, place)}
 
@@ -82,6 +84,7 @@ def _asked(port: int) -> Iterator[tuple[bytes, int]]:
     for family in (socket.AF_INET, socket.AF_INET6):
         question = _QUESTION.pack(family, socket.IPPROTO_TCP, 1 << _LISTENING, port.to_bytes(2, "big"))
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+            kernel.settimeout(PEER_TIME)
             kernel.send(_HEADER.pack(_HEADER.size + len(question), _BY_FAMILY, _ALL_THAT_MATCH, 1, 0) + question)
             is_done = False
             while not is_done:
@@ -91,7 +94,7 @@ def _asked(port: int) -> Iterator[tuple[bytes, int]]:
                     if kind == _BY_FAMILY:
                         place, uid = _ANSWER.unpack_from(answers, _HEADER.size)
                         yield place[: 4 if family == socket.AF_INET else 16], uid
-                    elif kind != _DONE:
+                    elif kind != _DONE or _STATUS.unpack_from(answers, _HEADER.size)[0] < 0:
                         raise OSError("the kernel knows no sock_diag(7)")
                     is_done = kind == _DONE
                     answers = answers[length:]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Self
 
 import pytest
 from service import as_manager
@@ -80,6 +82,47 @@ def test_a_name_without_a_file(tmp_path: Path) -> None:
         assert owners.owners_of(address) == {os.geteuid()}
     listeners.remove(address)
     listeners.bind(address).close()
+
+
+class _Kernel:
+    """In place of a socket to the kernel: what is asked gets these bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def settimeout(self, _: float) -> None:
+        pass
+
+    def send(self, _: bytes) -> None:
+        pass
+
+    def recv(self, _: int) -> bytes:
+        return self._answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels are asked otherwise")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack("=IHHIIi", 20, 3, 2, 1, 0, -2),  # NLMSG_DONE, behind a dump that failed
+        struct.pack("=IHHIIi", 20, 2, 0, 1, 0, -95),  # NLMSG_ERROR
+        b"\x14\0",
+    ],
+    ids=["dump fails", "error", "short"],
+)
+def test_a_kernel_that_cannot_say_who_listens_has_tables(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    """What is no answer does not mean that nobody listens."""
+    with listeners.bind(Address("127.0.0.1", 0)) as listener:
+        address = listeners.address_of(listener, Address("127.0.0.1", 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socket", lambda *_: _Kernel(answer))
+            assert owners.owners_of(address) == {os.geteuid()}
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
