@@ -9,6 +9,7 @@ where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -76,6 +77,10 @@ class Candidate(NamedTuple):
         }
 
 
+class _LeftError(Exception):
+    """Nobody looks ahead any more."""
+
+
 class Scanner:
     """Looks into the upgrade directory. Safe to use from any thread; one scan runs at a time."""
 
@@ -137,14 +142,13 @@ class Scanner:
             return self._scan(trusted)
 
     def look_ahead(self, may: Callable[[], bool]) -> None:
-        """Find out what `scan` would, and remember it, if that may be when it comes to it. Raises what `scan` does."""
+        """Find out what `scan` would, and remember it, as long as that may be. Raises what `scan` does."""
         trusted = self._trust.read()
-        with self._lock:
-            if may():
-                self._scan(trusted)
+        with self._lock, contextlib.suppress(_LeftError):
+            self._scan(trusted, may)
 
-    def _scan(self, trusted: Reading) -> list[Candidate]:
-        found = self._examine(self._names(), trusted)
+    def _scan(self, trusted: Reading, may: Callable[[], bool] = lambda: True) -> list[Candidate]:
+        found = self._examine(self._names(), trusted, may)
         self._prune(found)
         self._store.findings.save()
         digests = {candidate.release.sha256 for candidate in found if candidate.release}
@@ -194,8 +198,8 @@ class Scanner:
             )
         return names
 
-    def _examine(self, names: list[str], trusted: Reading) -> list[Candidate]:
-        """Look at each file; at several at a time, where that takes other programs."""
+    def _examine(self, names: list[str], trusted: Reading, may: Callable[[], bool]) -> list[Candidate]:
+        """Look at each file, as long as that may be; at several at a time, where that takes other programs."""
         remembered = {name for name in names if self._is_remembered(name)}
         unknown = [name for name in names if name not in remembered]
         waiting = deque([*unknown, *remembered])
@@ -209,6 +213,8 @@ class Scanner:
                 except IndexError:
                     return
                 try:
+                    if not may():
+                        raise _LeftError
                     candidate = self._look(name, trusted)
                 except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
                     failures.append(error)

@@ -350,11 +350,13 @@ class _Service:
             self._incumbent.close_channel()
             self._manager.is_main = True
         self._upgrader.open()
-        self._look_ahead()
+        if not self._incumbent.is_plain:
+            self._look_ahead()
 
     def _retire(self) -> int:
         """Leave the service to the process that took over, or become it; return the exit status."""
-        self._watch.end(self._settings.limits.kill_time)
+        limits = self._settings.limits
+        self._watch.end(max(limits.version_time, limits.verify_time) + limits.kill_time)
         comeback = self._upgrader.comeback
         if comeback:
             environ = {**os.environ, **self._settings.environment()}
@@ -476,6 +478,8 @@ class _Service:
             self._journal.open()
         except StateError as error:
             _log.error("the history is kept in memory alone", extra={"reason": str(error)})
+        else:
+            self._look_ahead()
 
     def _floor(self) -> versions.Version | None:
         """Return the version below which nothing is chosen: the last that was blessed, or rolled back to."""
@@ -499,7 +503,6 @@ class _Service:
         if self._incumbent and self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL}:
             self._incumbent.announce(STOPPING="1", X_SELF_UPDATE_STOP="1")
         self._upgrader.stop()
-        self._watch.end(self._settings.limits.kill_time)
         partner = self._partner()
         self._pass_stop_on(partner)
         try:
@@ -514,6 +517,7 @@ class _Service:
         if self._lifecycle.phase is Phase.STOPPING and not may_go_on:
             self._frontend.remove_paths()
         self._server.close(self._settings.drain)
+        self._watch.end(self._settings.limits.kill_time)
         if self._lifecycle.phase is Phase.STOPPING:
             self._lifecycle.step(Event.STOPPED)
         _log.info("stopped")

@@ -89,7 +89,7 @@ class Watch:
     def _serves(self) -> bool:
         """Wait until the service does nothing but serve; tell whether it will."""
         self._lifecycle.wait_for({Phase.RUNNING, Phase.STOPPING, Phase.RETIRED}, None)
-        return self._is_calm()
+        return self._lifecycle.phase not in {Phase.STOPPING, Phase.RETIRED}
 
     def _is_calm(self) -> bool:
         return self._lifecycle.phase is Phase.RUNNING
@@ -120,8 +120,8 @@ class Watch:
     def _open_eye(self) -> int | None:
         try:
             return _eye_on(self._directory)
-        except OSError as error:
-            _log.debug("candidates are looked at when somebody asks", extra={"reason": error.strerror})
+        except (OSError, ImportError) as error:  # an interpreter may have been built without ctypes
+            _log.info("candidates are looked at when somebody asks", extra={"reason": str(error)})
             return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -363,3 +364,17 @@ def test_a_choice_during_a_look_ahead_shares_what_that_finds(
     looking.choose()
     opens.join()
     assert runs.read_text(encoding="ascii") == "\n\n"
+
+
+def test_a_look_ahead_ends_when_it_may_not_go_on(directory: Path, scanner: Callable[..., Scanner]) -> None:
+    """An upgrade does not wait for all that was dropped, and what was not looked at is not taken for removed."""
+    runs = directory.parent / "runs"
+    for number in range(10):
+        text = f"#!/bin/sh\necho >> {runs}\necho 1.1.{number}\n"
+        write_program(directory / f"c{number}", text.encode())
+    looking, asked = scanner(), itertools.count()
+    looking.look_ahead(lambda: next(asked) < 1)
+    assert runs.read_text(encoding="ascii") == "\n"
+    assert looking.last is None
+    assert len(looking.scan()) == 10
+    assert runs.read_text(encoding="ascii") == "\n" * 10
