@@ -24,9 +24,14 @@ class Presence:
         self._version = json_response({"version": version})
 
     @property
+    def first_routes(self) -> Routes:
+        """What is answered as soon as anybody can ask."""
+        return {"/version": ("GET", lambda _: self._version)}
+
+    @property
     def routes(self) -> Routes:
-        """The routes that are answered without waiting for anything."""
-        return {"/version": ("GET", lambda _: self._version), "/healthz": ("GET", self._health)}
+        """What is answered when all is there: before, nobody can say that it is well."""
+        return {"/healthz": ("GET", self._health)}
 
     def _health(self, _: Request) -> Response:
         return self.health()

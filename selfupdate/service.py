@@ -154,7 +154,7 @@ class _Service:
         self._stop_request = Stop()
         self._presence = Presence(__version__, self._generation, self._lifecycle, self._stop_request)
         names = {*(bind.host.lower() for bind in given.bind), *(given.allowed_hosts or ())}
-        self._app = App(Gate(self._token), names, self._presence.routes)
+        self._app = App(Gate(self._token), names, self._presence.first_routes)
         self._server = Server("http", self._app.respond, given.limits, self._app.at_hand)
         self._server.follow(self._app.answered)
         self._follow()
@@ -243,7 +243,8 @@ class _Service:
             feed=Feed(self._journal, self._lifecycle, standing.as_json, wake, limit),
             metrics=metrics,
         )
-        self._app.complete(api.routes, AT_HAND, metrics.answered)
+        routes = {**self._presence.routes, **api.routes}
+        self._app.complete(routes, {*self._presence.routes, *AT_HAND}, metrics.answered)
         self._watch = Watch(given.upgrade_dir, scanner.look_ahead, self._lifecycle, stop_fd)
 
     def _follow(self) -> None:
@@ -277,7 +278,7 @@ class _Service:
                 journal=self._journal,
                 places=self._frontend.places,
                 health=self._presence.health,
-                accept=self._accept,
+                accept=self._take_over,
                 on_settled=self._signals.wake,
             )
             try:
@@ -290,6 +291,7 @@ class _Service:
             self._accept(listeners.listen(self._frontend.places))
             self._complete()
             _read_the_rest()
+            self._say_where()
             self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
             threading.Thread(target=self._trust.announce, name="trust", daemon=True).start()
@@ -407,6 +409,13 @@ class _Service:
         self._frontend.open(found)
         self._server.accept(*(listener.sock for listener in found))
         self._state.sign(str(self._frontend.binds[0]))
+
+    def _take_over(self, found: Sequence[Listener]) -> None:
+        self._accept(found)
+        self._say_where()
+
+    def _say_where(self) -> None:
+        """Tell that all is there: who waits for this line may replace the file that the program was started from."""
         _log.info("serving", extra={"bind": listeners.join(self._frontend.binds)})
 
     def _open_state(self) -> StateError | None:
