@@ -200,31 +200,30 @@ class Scanner:
 
     def _examine(self, names: list[str], trusted: Reading, may: Callable[[], bool]) -> list[Candidate]:
         """Look at each file, as long as that may be; at several at a time, where that takes other programs."""
-        remembered = {name for name in names if self._is_remembered(name)}
-        unknown = [name for name in names if name not in remembered]
-        waiting = deque([*unknown, *remembered])
+        paths = [(path, self._recall(path)) for path in map(self._directory.joinpath, names)]
+        paths.sort(key=lambda known: known[1] is not None)  # first what takes long
+        unknown = sum(status is None for _, status in paths)
+        waiting = deque(paths)
         found: list[Candidate] = []
         failures: list[BaseException] = []
 
         def work() -> None:
             while True:
                 try:
-                    name = waiting.popleft()
+                    path, status = waiting.popleft()
                 except IndexError:
                     return
                 try:
                     if not may():
                         raise _LeftError
-                    candidate = self._look(name, trusted)
+                    candidate = self._look(path, status, trusted)
                 except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
                     failures.append(error)
                     return
                 if candidate is not None:
                     found.append(candidate)
 
-        threads = [
-            threading.Thread(target=work, name="scan") for _ in range(min(len(unknown), self._limits.version_runs))
-        ]
+        threads = [threading.Thread(target=work, name="scan") for _ in range(min(unknown, self._limits.version_runs))]
         for thread in threads[1:]:
             thread.start()
         work()  # this thread takes part: one candidate needs no other
@@ -234,24 +233,26 @@ class Scanner:
             raise failures[0]
         return found
 
-    def _is_remembered(self, name: str) -> bool:
-        """Tell whether neither a copy nor a question is needed to know what a file is."""
-        path = self._directory / name
-        try:
-            sha256 = self._store.findings.digest_of(path, Identity.of(path.stat()))
-        except OSError:
-            return True  # there is nothing to be known
-        if sha256 is None:
-            return False
-        is_known = sha256 in self._versions or sha256 in self._failures
-        return is_known or self._store.findings.version_of(sha256) is not None
-
-    def _look(self, name: str, trusted: Reading) -> Candidate | None:
-        """Return the candidate `name`, or None where it is none. Nothing is executed before it is verified."""
-        path = self._directory / name
-        release = None
+    def _recall(self, path: Path) -> os.stat_result | None:
+        """Return the status of a file of which neither a copy nor a question is needed to know what it is."""
         try:
             status = path.stat()
+        except OSError:
+            return None
+        sha256 = self._store.findings.digest_of(path, Identity.of(status))
+        if sha256 is None:
+            return None
+        is_known = sha256 in self._versions or sha256 in self._failures
+        return status if is_known or self._store.findings.version_of(sha256) is not None else None
+
+    def _look(self, path: Path, status: os.stat_result | None, trusted: Reading) -> Candidate | None:
+        """Return what `path` is, if it is a candidate. Nothing is executed before it is verified.
+
+        Its `status` need not be asked for anew where it has just been seen.
+        """
+        name, release = path.name, None
+        try:
+            status = status or path.stat()
         except OSError:
             return None  # removed meanwhile, or a link to nowhere
         if not stat.S_ISREG(status.st_mode):
