@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LABEL = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
+# Compiled by the first who scrapes.
 _SERIES = rf"([a-z_]+)(?:\{{({_LABEL}(?:,{_LABEL})*)\}})?"
 _BUCKET = r'(?:(.*),)?le="(\+Inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"'
 _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})

@@ -44,6 +44,7 @@ from selfupdate.stop import Stop
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from selfupdate.candidates import Scanner
     from selfupdate.company import Company
     from selfupdate.incumbent import Incumbent, Standby
     from selfupdate.listener import Listener
@@ -167,13 +168,8 @@ class _Service:
 
     def _complete(self) -> None:
         """Put together the rest: what upgrades, and what tells of it."""
-        from selfupdate.api import AT_HAND, Api
         from selfupdate.candidates import Scanner
         from selfupdate.company import Company
-        from selfupdate.counters import Counters
-        from selfupdate.events import Feed
-        from selfupdate.metrics import Metrics
-        from selfupdate.standing import Standing
         from selfupdate.trust import Trust
         from selfupdate.upgrade import Upgrader
         from selfupdate.watch import Watch
@@ -219,6 +215,17 @@ class _Service:
             self._state,
             given.limits.health_time,
         )
+        self._watch = Watch(given.upgrade_dir, scanner.look_ahead, self._lifecycle, stop_fd)
+        self._tell(scanner)
+
+    def _tell(self, scanner: Scanner) -> None:
+        """Answer all routes from here on."""
+        from selfupdate.api import AT_HAND, Api
+        from selfupdate.counters import Counters
+        from selfupdate.events import Feed
+        from selfupdate.metrics import Metrics
+        from selfupdate.standing import Standing
+
         standing = Standing(
             self._program, self._generation, self._lifecycle, self._journal, self._trust, self._frontend
         )
@@ -231,10 +238,10 @@ class _Service:
             server=self._server,
             counters=Counters(None if self._fault else self._state.path),
         )
-        wake, limit = self._server.advance_streams, given.limits.listeners
+        wake, limit = self._server.advance_streams, self._settings.limits.listeners
         api = Api(
             version=__version__,
-            settings=given,
+            settings=self._settings,
             standing=standing,
             journal=self._journal,
             scanner=scanner,
@@ -245,7 +252,6 @@ class _Service:
         )
         routes = {**self._presence.routes, **api.routes}
         self._app.complete(routes, {*self._presence.routes, *AT_HAND}, metrics.answered)
-        self._watch = Watch(given.upgrade_dir, scanner.look_ahead, self._lifecycle, stop_fd)
 
     def _follow(self) -> None:
         """Have the service manager told what happens."""
