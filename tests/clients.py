@@ -85,7 +85,10 @@ class Listening:
         leaves_at: Collection[str] = (),
         path: str = "/events",
     ) -> None:
-        """Leave, and come back, behind each event of a phase that is one of `leaves_at`, too."""
+        """Listen, told how the service stands: what happens from now on is told, too.
+
+        Leave, and come back, behind each event of a phase that is one of `leaves_at`, too.
+        """
         self.events: list[Event] = []
         self.connections = 0
         self._address = address
@@ -97,6 +100,11 @@ class Listening:
         self._connection: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        try:
+            self.first = self.wait_for(lambda event: event.kind == "status")
+        except BaseException:
+            self.stop()
+            raise
 
     def wait_for(self, is_it: Callable[[Event], bool]) -> Event:
         """Return the first event that `is_it`."""

@@ -74,8 +74,6 @@ class Listeners:
         self.all = [Listening(service.address)]
         self.all += [Listening(service.address, leaves_at=[phase]) for phase in (*FORWARD, *BACK, "RETIRED")]
         self.all += [Listening(service.address, leaves_at=(*FORWARD, *BACK, "RETIRED"))]
-        for one in self.all:
-            one.wait_for(lambda event: event.kind == "status")
 
     def check(self, record: Any) -> None:
         """Check that each was told each step of the upgrade once, in order."""
@@ -145,7 +143,7 @@ def test_what_was_missed_is_told_after_a_restart(
     """All of it to one who was there before, nothing to one who comes for the first time."""
     service = start(*FLAGS)
     before = listen(Listening, service.address)
-    seen = before.wait_for(lambda event: event.kind == "status").id
+    seen = before.first.id
     before.stop()
     shell(service.upgrade_dir / "aborts", "2.0.0", "exit 3")
     records = [service.upgrade("aborts")]
@@ -157,9 +155,9 @@ def test_what_was_missed_is_told_after_a_restart(
     again = listen(Listening, service.address, last_id=seen)
     again.wait_for(lambda event: is_end(event) and event.data["upgrade"] == records[-1]["id"])
     assert again.phases() == [step for record in records for step in steps_of(record)]
-    first = listen(Listening, service.address)
-    assert first.wait_for(lambda event: event.kind == "status").id == again.phases()[-1][1]
-    assert first.phases() == []
+    fresh = listen(Listening, service.address)
+    assert fresh.first.id == again.phases()[-1][1]
+    assert fresh.phases() == []
 
 
 @pytest.mark.slow
@@ -217,8 +215,6 @@ def test_a_hundred_listen_and_one_reads_nothing(
         deaf.connect(service.address)
         deaf.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         listening = [listen(Listening, service.address) for _ in range(100)]
-        for one in listening:
-            one.wait_for(lambda event: event.kind == "status")
         pid = service.get("/status")["pid"]
         before = resident(pid)
         shell(service.upgrade_dir / "writes", "2.0.0", "yes nobody hears this | head -c 3000000 >&2; exit 3")
@@ -239,7 +235,6 @@ def test_that_nothing_is_newer_is_told(start: Callable[..., Service], listen: An
     """An upgrade that turned out to be none ends, too."""
     service = start(*FLAGS)
     listener = listen(Listening, service.address)
-    listener.wait_for(lambda event: event.kind == "status")
     gate = service.upgrade_dir / "..gate"
     os.mkfifo(gate)
     write_program(service.upgrade_dir / "old", f"#!/bin/sh\nread _ < {gate}; echo 0.9.0\n".encode())
