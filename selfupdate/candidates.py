@@ -29,13 +29,11 @@ from selfupdate.errors import (
 )
 from selfupdate.findings import Identity
 from selfupdate.foreign import shown
-from selfupdate.versions import Version, parse, parse_output
+from selfupdate.versions import Specifiers, Version, parse, parse_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from packaging.specifiers import SpecifierSet
 
     from selfupdate.errors import StateError
     from selfupdate.journal import Record
@@ -93,7 +91,7 @@ class Scanner:
         running: Version,
         running_sha256: Callable[[], str | None],
         floor: Callable[[], Version | None],
-        allow: SpecifierSet | None,
+        allow: Specifiers | None,
         fault_of: Callable[[str], Record | None],
         needed: Callable[[], set[str] | None],
         fault: StateError | None = None,
@@ -339,7 +337,7 @@ class Scanner:
         elif floor is not None and version < floor:
             why = f"{version} is older than {floor}, to which this service was upgraded before"
             refusal = CandidateError(why, "too-old")
-        elif self._allow is not None and not version.allowed_by(self._allow):
+        elif self._allow is not None and version not in self._allow:
             code = "pre-release" if version.is_prerelease else "not-allowed-version"
             refusal = CandidateError(f"{version} is not allowed by -allow {self._allow}", code)
         elif failed is not None and not by_name:

@@ -17,12 +17,11 @@ from selfupdate.errors import UsageError, VersionError
 from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
 from selfupdate.signature import is_namespace
 from selfupdate.system import MOST_CONNECTIONS, STATE_HOME
-from selfupdate.versions import parse_specifiers
+from selfupdate.versions import Specifiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from packaging.specifiers import SpecifierSet
 
 PREFIX = "SELF_UPDATE_"
 
@@ -137,7 +136,7 @@ FLAGS = (
     Flag("probation", "10s", parse_duration, _DURATION, "how long a successor is watched before it is there to stay"),
     Flag("drain", "30s", parse_duration, _DURATION, "how long requests under way may take to end"),
     Flag("keep-pid", "true", _switch, _BOOLEAN, "have the new version serve under this process's id (Linux)"),
-    Flag("allow", None, parse_specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
+    Flag("allow", None, Specifiers, "version specifiers such as '>=1.2,<2'", "which versions may be chosen"),
     Flag("allowed-hosts", None, _hosts, "host names with commas between", "names that clients may call the service by"),
     Flag("allowed-signers", None, _path, _FILE, "whose SSH signatures count (ssh-keygen(1))", _TRUST),
     Flag("revoked-keys", None, _path, _FILE, "SSH keys that count no more: public keys, or a KRL", _TRUST),
@@ -227,7 +226,7 @@ class Settings(NamedTuple):
     probation: float
     drain: float
     keep_pid: bool
-    allow: SpecifierSet | None
+    allow: Specifiers | None
     allowed_hosts: frozenset[str] | None
     allowed_signers: Path | None
     revoked_keys: Path | None

@@ -18,8 +18,6 @@ from selfupdate.errors import VersionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from packaging.specifiers import SpecifierSet
-
 MAX_LENGTH = 128
 """Characters of a version; more is refused before it is parsed."""
 
@@ -79,22 +77,50 @@ class Version:
         """Whether it comes before a release (SemVer 2.0.0, section 9)."""
         return bool(self._pre)
 
-    def allowed_by(self, allow: SpecifierSet) -> bool:
-        """Tell whether `allow` takes this version; a pre-release only where a specifier names one (PEP 440).
-
-        A pre-release that PEP 440 cannot read counts as the first pre-release of its release.
-        """
+    def as_pep440(self) -> str:
+        """Return the version as PEP 440 writes it; a pre-release that it can't read, as the first of its release."""
         from packaging.version import InvalidVersion
         from packaging.version import Version as Pep440
 
         release = ".".join(map(str, self._release))
+        if not self._pre:
+            return release
         try:
-            version = Pep440(f"{release}-{'.'.join(self._pre)}" if self._pre else release)
+            version = Pep440(f"{release}-{'.'.join(self._pre)}")
         except InvalidVersion:
-            version = Pep440(f"{release}.dev0")
-        if self._pre and not version.is_prerelease:  # `1.0.0-1` is a post-release to PEP 440
-            version = Pep440(f"{release}.dev0")
-        return allow.contains(version, prereleases=bool(allow.prereleases))
+            return f"{release}.dev0"
+        return str(version) if version.is_prerelease else f"{release}.dev0"  # to PEP 440 `1.0.0-1` is a post-release
+
+
+class Specifiers:
+    """Which versions may be chosen, such as `>=1.2,<2` (PEP 440, "Version specifiers")."""
+
+    def __init__(self, text: str) -> None:
+        """Read `text`; raises VersionError where it is none."""
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+        try:
+            if len(text) > MAX_LENGTH:
+                raise InvalidSpecifier(text)
+            self._set = SpecifierSet(text)
+        except InvalidSpecifier:
+            raise VersionError(f"{_shown(text)} is not a version specifier such as '>=1.2,<2' (PEP 440)") from None
+
+    def __str__(self) -> str:
+        """Return the specifiers, in an order of their own."""
+        return str(self._set)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by what is said, in any order."""
+        return isinstance(other, Specifiers) and self._set == other._set
+
+    def __hash__(self) -> int:
+        """Hash by what is said."""
+        return hash(self._set)
+
+    def __contains__(self, version: Version) -> bool:
+        """Tell whether a version may be chosen; a pre-release only where a specifier names one."""
+        return self._set.contains(version.as_pep440(), prereleases=bool(self._set.prereleases))
 
 
 def parse(text: str) -> Version:
@@ -148,21 +174,6 @@ def parse_output(output: bytes) -> Version:
         return parse(words[-1])
     except VersionError as error:
         raise VersionError(f"printed {_shown(output)}: {error}") from None
-
-
-def parse_specifiers(text: str) -> SpecifierSet:
-    """Return the specifiers of `-allow`, such as `>=1.2,<2`.
-
-    Raises VersionError where `text` is not one (PEP 440, "Version specifiers").
-    """
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
-    try:
-        if len(text) > MAX_LENGTH:
-            raise InvalidSpecifier(text)
-        return SpecifierSet(text)
-    except InvalidSpecifier:
-        raise VersionError(f"{_shown(text)} is not a version specifier such as '>=1.2,<2' (PEP 440)") from None
 
 
 def _shown(foreign: str | bytes) -> str:

@@ -58,7 +58,7 @@ def scanner(directory: Path, store: Store, tmp_path: Path) -> Iterator[Callable[
             Trust(settings.parse(["-insecure-allow-unsigned"], {"HOME": "/"}), store, stop_out.fileno()),
             running=versions.parse(running),
             running_sha256=lambda: None,
-            allow=versions.parse_specifiers(allow) if allow else None,
+            allow=versions.Specifiers(allow) if allow else None,
             floor=lambda: versions.parse(floor) if floor else None,
             fault_of=(journal or Journal(tmp_path / "journal")).fault_of,
             needed=lambda: None,

@@ -122,7 +122,7 @@ class Scene:
             running=versions.parse(self.running),
             running_sha256=lambda: self.running_sha256,
             floor=lambda: versions.parse(self.floor) if self.floor else None,
-            allow=versions.parse_specifiers(self.allow) if self.allow else None,
+            allow=versions.Specifiers(self.allow) if self.allow else None,
             fault_of=self.journal.fault_of,
             needed=lambda: None,
             stop_fd=self._stop_fd,
