@@ -7,8 +7,6 @@ Whatever is not chosen is listed with the reason in words, a code, and a remedy
 where there is one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -17,29 +15,26 @@ import stat
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-from selfupdate import process, signature, system
+from selfupdate import process, signature, system, trust
 from selfupdate.errors import (
     CandidateError,
     NoSuchCandidateError,
     NotEligibleError,
     ScanError,
+    StateError,
     VersionError,
 )
 from selfupdate.findings import Identity
 from selfupdate.foreign import shown
+from selfupdate.journal import Record
+from selfupdate.releases import Store
+from selfupdate.settings import Limits
+from selfupdate.trust import Reading, Trust
 from selfupdate.versions import Specifiers, Version, parse, parse_output
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from selfupdate.errors import StateError
-    from selfupdate.journal import Record
-    from selfupdate.releases import Store
-    from selfupdate.settings import Limits
-    from selfupdate.trust import Reading, Release, Trust
 
 _NOT_CANDIDATES = (".part", ".tmp", ".new", ".sig", ".asc", ".minisig", "~")
 
@@ -52,7 +47,7 @@ class Candidate(NamedTuple):
 
     name: str
     version: Version | None = None
-    release: Release | None = None
+    release: trust.Release | None = None
     refusal: CandidateError | None = None
     """Why it is not chosen; None for the one that would be."""
 
@@ -264,7 +259,7 @@ class Scanner:
             # What was raised is kept, perhaps for long, and raised again: without the frames that it came through.
             return Candidate(name, None, release, error.with_traceback(None))
 
-    def _version(self, release: Release) -> Version:
+    def _version(self, release: trust.Release) -> Version:
         if release.sha256 in self._failures:
             raise self._failures[release.sha256][1]
         answer = self._versions.get(release.sha256) or self._told_before(release)
@@ -278,14 +273,14 @@ class Scanner:
         self._versions[release.sha256] = answer
         return answer
 
-    def _told_before(self, release: Release) -> Version | None:
+    def _told_before(self, release: trust.Release) -> Version | None:
         """Return what it told another process of this service."""
         try:
             return parse(self._store.findings.version_of(release.sha256) or "")
         except VersionError:
             return None
 
-    def _ask(self, release: Release) -> Version:
+    def _ask(self, release: trust.Release) -> Version:
         """Run `<release> -version`. Raises CandidateError where it does not answer with a version."""
         try:
             directory = self._store.scratch()
@@ -344,7 +339,7 @@ class Scanner:
             refusal = CandidateError(_history_of(failed), "blocked", "ask for it by name to try it again")
         return candidate._replace(refusal=refusal)
 
-    def _same_version(self, version: Version, release: Release) -> CandidateError:
+    def _same_version(self, version: Version, release: trust.Release) -> CandidateError:
         if self._running_sha256() in {None, release.sha256}:
             return CandidateError(f"{version} is the version that runs", "same-version")
         why = f"{version} is the version that runs, and this file has another content"

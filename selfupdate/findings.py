@@ -6,20 +6,16 @@ The file is a cache. Where it is missing, damaged or cannot be written, all that
 lost is time; its directory is out of others' reach, as the copies are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import re
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
 
 from selfupdate.system import put_in_place
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
 
 _NOT_FINDINGS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading something else can raise."""
@@ -35,7 +31,7 @@ class Identity(NamedTuple):
     changed: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
+    def of(cls, status: os.stat_result) -> "Identity":
         """Return the identity in a file's status."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 

@@ -21,24 +21,20 @@ every process that was ever the service: by it, whoever lost sight of the servic
 is told what was missed, and nothing twice.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 from selfupdate.errors import StateError, UpgradeError, VersionError
 from selfupdate.system import sync_directory
 from selfupdate.versions import parse as parse_version
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +137,7 @@ class Record(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Record:
+    def from_json(cls, value: dict[str, Any]) -> "Record":
         """Return the record that `as_json` gave; raises KeyError, TypeError, ValueError or VersionError on all else."""
         timeline = tuple(map(_entry, value["timeline"]))
         keys = tuple(map(str, value.get("signer_keys", ())))

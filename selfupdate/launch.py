@@ -8,8 +8,6 @@ incumbent has gone, the lock of the state directory, and the service's own
 streams, for later. The successor announces itself by datagrams (sd_notify(3)).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -18,16 +16,12 @@ import socket
 import sys
 import termios
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from selfupdate import notify, posix, transcript
-from selfupdate.listener import FIRST_FD, HANDOVER_FD, names_of
+from selfupdate.listener import FIRST_FD, HANDOVER_FD, Address, Listener, names_of
 from selfupdate.owners import owners_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from selfupdate.listener import Address, Listener
 
 assert sys.platform != "win32"  # for those who read types: none of this is there
 
@@ -158,7 +152,7 @@ class Child(_Link):
         self._let_write()
         self._close()
 
-    def leave_to_hand_back(self, patience: float, hello: Mapping[str, object], listeners: int) -> Comeback | None:
+    def leave_to_hand_back(self, patience: float, hello: Mapping[str, object], listeners: int) -> "Comeback | None":
         """Let go of it, where it is to hand back, and return what that takes; None where it does not say so in time.
 
         Where it has ended, this process will find what it would have been told, and that nobody is there.

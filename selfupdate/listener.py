@@ -11,8 +11,6 @@ removed when its last generation stops; one that a service manager passed on is
 the manager's, and is never touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import ipaddress
@@ -21,14 +19,12 @@ import re
 import socket
 import stat
 import sys
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from selfupdate.errors import StartError
 from selfupdate.foreign import shown
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 BACKLOG = 4096
 """Connections that wait in the kernel while nobody accepts; the kernel cuts it to net.core.somaxconn."""

@@ -1,17 +1,12 @@
 """Requests and answers, as the application sees them: apart from how they travel."""
 
-from __future__ import annotations
-
 import http
 import json
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from selfupdate.errors import SelfUpdateError
-
+from selfupdate.errors import SelfUpdateError
 
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "

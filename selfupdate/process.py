@@ -1,18 +1,14 @@
 """Other programs: start one, wait for it, end it with all that it started."""
 
-from __future__ import annotations
-
+import io
 import signal
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from selfupdate.errors import StopRequestedError
 from selfupdate.system import Process, ready, start_piped, wait_for_end
-
-if TYPE_CHECKING:
-    import io
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 __all__ = [
     "LEFTOVER_TIME",

@@ -6,21 +6,15 @@ plain text, so that it can be read without colours, and on a terminal that has n
 more than ASCII.
 """
 
-from __future__ import annotations
-
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from selfupdate.foreign import shown
 from selfupdate.journal import now
 from selfupdate.lifecycle import Phase
-from selfupdate.terminal import Style
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from selfupdate.terminal import Terminal
+from selfupdate.terminal import Style, Terminal
 
 STEPS = {
     Phase.CHOOSING: "choose",

@@ -5,21 +5,17 @@ a file in the upgrade directory is only ever read. Whoever may write there can
 replace it at any moment, and the copy does not change.
 """
 
-from __future__ import annotations
-
 import errno
+import io
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 from selfupdate.errors import CandidateError, InstallError, StateError
 from selfupdate.findings import Findings, Identity
 from selfupdate.system import RELEASE_MODE, STARTING, is_noexec, mend, put_in_place, sync_directory
-
-if TYPE_CHECKING:
-    import io
-    from collections.abc import Iterable
-    from pathlib import Path
 
 _CHUNK = 1 << 20
 _NEW = ".new-"

@@ -6,22 +6,17 @@ stand alone. Each has an environment variable (`-upgrade-dir`,
 usage text, the parser and what a successor inherits are read from it.
 """
 
-from __future__ import annotations
-
 import math
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from selfupdate.errors import UsageError, VersionError
 from selfupdate.listener import Address, is_loopback, parse_address, parse_addresses
 from selfupdate.signature import is_namespace
 from selfupdate.system import MOST_CONNECTIONS, STATE_HOME
 from selfupdate.versions import Specifiers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
 
 PREFIX = "SELF_UPDATE_"
 
@@ -258,7 +253,7 @@ class Settings(NamedTuple):
         """The text of each flag that concerns trust, for a successor: it does not choose whom it trusts."""
         return {name: text for name, text in self.given.items() if _BY_NAME[name].concerns == _TRUST}
 
-    def inheriting(self, trust: Mapping[str, str]) -> Settings:
+    def inheriting(self, trust: Mapping[str, str]) -> "Settings":
         """Return these settings with the incumbent's for what concerns trust. Raises ValueError."""
         if unknown := trust.keys() - _BY_NAME.keys():
             raise ValueError(f"unknown: {', '.join(unknown)}")  # less would be checked than the incumbent checks

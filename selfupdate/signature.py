@@ -1,18 +1,14 @@
 """The signature file beside a candidate, and who made the signatures in it, in whichever scheme."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from selfupdate.errors import CandidateError
 from selfupdate.foreign import shown
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 MAX_SIZE = 16 * 1024
 """Bytes of a signature file."""

@@ -5,22 +5,18 @@ say what is wrong; it never decides that a signature is good. ssh-keygen passes
 over faulty lines of an allowed-signers file in silence, so here each must be right.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib
 import re
 import struct
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from selfupdate.errors import TrustError
 from selfupdate.foreign import shown
 from selfupdate.signature import is_namespace, malformed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MAX_SIGNATURES = 8
 """In one file; an ed25519 signature has some 300 bytes."""

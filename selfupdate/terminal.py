@@ -1,16 +1,11 @@
 """What a stream of this process is to whoever reads it: a person at a terminal, or a program."""
 
-from __future__ import annotations
-
 import enum
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TextIO
 
 from selfupdate import system
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import TextIO
 
 _COLUMNS = 80
 """Of a terminal that does not tell how wide it is."""
@@ -37,7 +32,7 @@ class Terminal(NamedTuple):
     has_colours: bool
 
     @classmethod
-    def of(cls, stream: TextIO, environ: Mapping[str, str]) -> Terminal:
+    def of(cls, stream: TextIO, environ: Mapping[str, str]) -> "Terminal":
         """Look at a stream; `environ` says what the person wants (https://no-color.org) and has (`TERM`)."""
         has_reader = stream.isatty()
         redraws = has_reader and system.obeys_escape_codes(stream.fileno(), environ)

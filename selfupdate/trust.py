@@ -11,26 +11,23 @@ release is started. A verdict is remembered for exactly what it depends on: the
 content, its signature, those files, and which of the keys are valid now.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
 import stat
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from selfupdate import permissions, signature
 from selfupdate.errors import CandidateError, StopRequestedError, TrustError
+from selfupdate.journal import Record
+from selfupdate.releases import Copy, Store
+from selfupdate.settings import Settings
+from selfupdate.signature import Signer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from selfupdate.journal import Record
-    from selfupdate.releases import Copy, Store
-    from selfupdate.settings import Settings
-    from selfupdate.signature import Signer
     from selfupdate.verifier import Verifier
 
 _log = logging.getLogger(__name__)
@@ -125,7 +122,7 @@ class Trust:
         """Whether anything can come to be trusted."""
         return self._scheme is not None or bool(self._settings.insecure_allow_unsigned)
 
-    def read(self) -> Reading:
+    def read(self) -> "Reading":
         """Read whom to trust now. Raises TrustError where nothing can be trusted."""
         if self._scheme is None:
             if not self._settings.insecure_allow_unsigned:
@@ -181,7 +178,7 @@ class Trust:
             "running": signer,
         }
 
-    def _glance(self) -> Reading | TrustError | None:
+    def _glance(self) -> "Reading | TrustError | None":
         """Return what is read now, or, while somebody else reads, what was read last: nobody waits for a verifier."""
         if self._glancing.acquire(blocking=False):
             try:
@@ -292,7 +289,7 @@ class Reading:
 
 
 def _scheme_of(settings: Settings, store: Store, stop_fd: int) -> Scheme | None:
-    def verifier(name: str, package: str) -> Verifier:
+    def verifier(name: str, package: str) -> "Verifier":
         from selfupdate.verifier import Verifier
 
         return Verifier(name, package, store.scratch, stop_fd, settings.limits.verify_time)

@@ -6,20 +6,16 @@ in a new directory that holds copies of all that it is to read, but for the data
 themselves, which it gets on standard input.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from selfupdate import process
 from selfupdate.errors import CandidateError, TrustError
 from selfupdate.foreign import shown
 from selfupdate.system import TOOL_DIRECTORIES, TOOL_ENVIRONMENT, TOOL_SUFFIX
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 DIRECTORIES = tuple(map(Path, TOOL_DIRECTORIES))
 """Where the programs are looked for."""

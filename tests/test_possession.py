@@ -63,11 +63,13 @@ IMPORTERS = {
 
 KNOWN = {
     ("program", "file_of_this_program", "sys.modules"),
+    ("journal", "", "get_type_hints"),
     ("watch", "_eye_on", "import ctypes"),
     ("win32", "", "import ctypes"),
     ("win32", "", "from ctypes import wintypes"),
 }
-"""What could lead elsewhere: where this program itself was loaded from, and the calls of inotify and Windows."""
+"""What could lead elsewhere: where this program itself was loaded from, the types of a record's fields, and the calls
+of inotify and Windows."""
 
 TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._ask")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
@@ -81,9 +83,26 @@ _BUILT_IN = {"eval", "exec", "compile", "__import__", "globals"}
 _MODULES = {
     *("asyncio", "builtins", "cffi", "code", "codeop", "commands", "concurrent", "ctypes", "_ctypes", "importlib"),
     *("imp", "multiprocessing", "nt", "pickle", "_posixsubprocess", "posix", "pty", "runpy", "site", "zipimport"),
-    *("marshal", "webbrowser", "distutils", "setuptools"),
+    *("marshal", "webbrowser", "distutils", "setuptools", "inspect", "annotationlib"),
 }
-"""What starts programs, or runs code, in ways of its own."""
+"""What starts programs, or runs code, in ways of its own, or hands out what stands in annotations."""
+_OF_TYPING = {"get_type_hints", "get_args"}
+"""What hands out what stands in annotations."""
+_INNARDS = {
+    "__class__",
+    "__dict__",
+    "__new__",
+    "__globals__",
+    "__builtins__",
+    "__annotations__",
+    "__annotate__",
+    "__args__",
+}
+_OF_ANNOTATIONS = (
+    *(ast.Name, ast.Attribute, ast.Subscript, ast.Tuple, ast.List, ast.BinOp, ast.BitOr, ast.Constant),
+    ast.expr_context,
+)
+"""What an annotation consists of."""
 
 Found = set[tuple[str, str, str]]
 
@@ -107,6 +126,7 @@ class _Reader(ast.NodeVisitor):
             self.visit(decorator)
         self._where.append(node.name)
         returned = None if isinstance(node, ast.ClassDef) else node.returns
+        self._pass_over(returned)
         for child in ast.iter_child_nodes(node):
             if child not in node.decorator_list and child is not returned:
                 self.visit(child)
@@ -114,11 +134,16 @@ class _Reader(ast.NodeVisitor):
 
     visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _visit_scope  # noqa: N815 - ast's names
 
+    def _pass_over(self, annotation: ast.expr | None) -> None:
+        """Pass over what names types and does nothing: it may be evaluated."""
+        if annotation and any(not isinstance(part, _OF_ANNOTATIONS) for part in ast.walk(annotation)):
+            self._note(self.faults, ast.unparse(annotation))
+
     def visit_arg(self, node: ast.arg) -> None:
-        """Pass over an annotation: with `from __future__ import annotations` it is never evaluated."""
+        self._pass_over(node.annotation)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """Pass over the annotation alone."""
+        self._pass_over(node.annotation)
         for child in (node.target, node.value):
             if child is not None:
                 self.visit(child)
@@ -147,7 +172,7 @@ class _Reader(ast.NodeVisitor):
             or (module == "sys" and "modules" in names)
             or (module.removeprefix("selfupdate.") in _ROOMS and names & _OF_PROCESS and not self._may_import(node))
             or "Release" in names
-            or any(alias.asname and alias.name in _ROOMS for alias in node.names)
+            or any(alias.asname and alias.name in _ROOMS | _OF_TYPING for alias in node.names)
         )
         if is_forbidden:
             self._note(self.faults, ast.unparse(node))
@@ -167,17 +192,14 @@ class _Reader(ast.NodeVisitor):
             self._note(self.callers, f"{owner}.{name}")
         elif name == "Release":
             self._note(self.makers, f"{owner}.Release")
-        elif name in {"__class__", "__dict__", "__new__", "__globals__", "__builtins__"} or (owner, name) == (
-            "sys",
-            "modules",
-        ):
+        elif name in _INNARDS | _OF_TYPING or (owner, name) == ("sys", "modules"):
             self._note(self.faults, f"{owner}.{name}")
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
         if node.id == "Release":
             self._note(self.makers, "Release")
-        elif node.id in _BUILT_IN:
+        elif node.id in _BUILT_IN | _OF_TYPING:
             self._note(self.faults, node.id)
         elif node.id in _OF_PROCESS:
             self._note(self.callers, node.id)
@@ -197,7 +219,6 @@ class _Reader(ast.NodeVisitor):
 
 @functools.cache
 def _read_one(module: str, text: str) -> _Reader:
-    assert "from __future__ import annotations" in text or "Release" not in text, "its annotations are evaluated"
     reader = _Reader(module)
     reader.visit(ast.parse(text))
     return reader
@@ -250,7 +271,7 @@ def test_only_a_few_places_start_programs() -> None:
 def test_what_starts_a_candidate_takes_a_release() -> None:
     """Its signature says so, and its command is that release's, which nothing else has."""
     for module, where in TAKERS:
-        assert _parameters(module, where)["release"] == "Release", where
+        assert _parameters(module, where)["release"].removeprefix("trust.") == "Release", where
     assert "self.command = release.command(" in SOURCE["started"]
     assert 'process.capture(\n                release.command("-version"),' in SOURCE["candidates"]
 
@@ -273,6 +294,17 @@ def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> No
         ("trust", "def trusted(copy): return Release(copy, ())"),
         ("trust", "make = Release"),
         ("trust", "class Shortcut(Release): pass"),
+        ("trust", "def trusted(copy: Release(None, ())): pass"),
+        ("candidates", "def trusted() -> trust.Release(None, ()): pass"),
+        ("candidates", "class Trusted:\n    release: trust.Release(None, ())"),
+        ("candidates", "class Trusted:\n    release: (lambda copy: copy)"),
+        ("candidates", "def _go(copy): return Candidate.__annotations__['release'](copy, ())"),
+        ("candidates", "def _go(copy): return Candidate.__annotate__(1)['release'](copy, ())"),
+        ("candidates", "def _go(copy, union): return union.__args__[0](copy, ())"),
+        ("upgrade", "from typing import get_type_hints as types\ndef _go(of): return types(of)"),
+        ("upgrade", "import typing\ndef _go(of): return typing.get_type_hints(of)"),
+        ("upgrade", "def _go(of): return get_args(of)"),
+        ("upgrade", "import inspect"),
         ("upgrade", "def _go(release, copy): return type(release)(copy, ())"),
         ("upgrade", "def _go(release, copy): return release.__class__(copy, ())"),
         ("upgrade", "def _go(candidate, copy): return replace(candidate.release, copy=copy)"),
