@@ -93,9 +93,11 @@ class SelfUpdate:
     def __init__(self, programs: Programs, directory: Path, *flags: str) -> None:
         self._programs = programs
         self.address = ("127.0.0.1", free_port())
-        program = programs.version(FIRST)
-        began = time.monotonic()
+        program = directory / "self-update"
+        if not program.exists():  # it is put there once, and started again and again
+            shutil.copy2(programs.version(FIRST), program)
         where = "{}:{}".format(*self.address)
+        began = time.monotonic()
         self._service = Service(program, directory, "-bind", where, "-probation", PROBATION, *flags)
         self.started = first_answer(began, self.address)
 
