@@ -10,7 +10,6 @@ where there is one.
 import contextlib
 import os
 import re
-import shutil
 import stat
 import threading
 import time
@@ -283,18 +282,29 @@ class Scanner:
     def _ask(self, release: trust.Release) -> Version:
         """Run `<release> -version`. Raises CandidateError where it does not answer with a version."""
         try:
-            directory = self._store.scratch()
+            with self._store.scratch() as home:
+                output = self._run(release, home)
         except OSError as error:
             raise CandidateError(f"cannot be asked for its version: {error.strerror}", "staging-full") from error
+        if output.status:
+            code = "version-signal" if output.status < 0 else "version-exit"
+            raise CandidateError(f"-version {process.ending(output.status)}{_last_words(output.stderr)}", code)
         try:
-            output = process.capture(
+            return parse_output(output.stdout)
+        except VersionError as error:
+            raise CandidateError(f"-version {error}", "version-unreadable") from None
+
+    def _run(self, release: trust.Release, home: Path) -> process.Output:
+        """Run it with a home of its own. Raises CandidateError where it comes to no end, or to a bad one."""
+        try:
+            return process.capture(
                 release.command("-version"),
-                {**_CLEAN_ENVIRONMENT, "HOME": str(directory)},
-                directory,
+                {**_CLEAN_ENVIRONMENT, "HOME": str(home)},
+                home,
                 time_limit=self._limits.version_time,
                 size_limit=self._limits.version_output,
                 stop_fd=self._stop_fd,
-                mark=f"HOME={directory}",
+                mark=f"HOME={home}",
             )
         except OSError as error:
             why = error.strerror or str(error)
@@ -307,15 +317,6 @@ class Scanner:
             raise CandidateError(why, "version-too-much-output") from None
         except process.LeftProcessesError:
             raise CandidateError("answered -version and left a process behind", "version-left-processes") from None
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-        if output.status:
-            code = "version-signal" if output.status < 0 else "version-exit"
-            raise CandidateError(f"-version {process.ending(output.status)}{_last_words(output.stderr)}", code)
-        try:
-            return parse_output(output.stdout)
-        except VersionError as error:
-            raise CandidateError(f"-version {error}", "version-unreadable") from None
 
     def _judge(self, candidate: Candidate, *, by_name: bool = False) -> Candidate:
         """Say whether a candidate that told its version may be chosen."""

@@ -5,11 +5,12 @@ a file in the upgrade directory is only ever read. Whoever may write there can
 replace it at any moment, and the copy does not change.
 """
 
+import contextlib
 import errno
 import io
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,9 +144,16 @@ class Store:
         for directory in self._root.glob(f"{_NEW}*"):
             _remove(directory)
 
-    def scratch(self) -> Path:
-        """Return a new empty directory, for the caller to remove."""
-        return self._new_directory()
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Make an empty directory, and remove it with all that has come into it. Raises OSError."""
+        from shutil import rmtree  # while there are descriptors left to read it with
+
+        directory = self._new_directory()
+        try:
+            yield directory
+        finally:
+            rmtree(directory, ignore_errors=True)
 
     def _new_directory(self) -> Path:
         directory = self._root / f"{_NEW}{os.urandom(8).hex()}"

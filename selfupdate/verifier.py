@@ -3,12 +3,11 @@
 Each is named by an absolute path, and gets nothing of this process's
 environment, which could steer it (PATH, LD_PRELOAD, TZ, OPENSSL_CONF). It works
 in a new directory that holds copies of all that it is to read, but for the data
-themselves, which it gets on standard input.
+themselves, which it gets on standard input, and takes what it tells of its status.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +39,15 @@ class Answer(NamedTuple):
 class Verifier:
     """One program."""
 
-    def __init__(self, name: str, package: str, scratch: Callable[[], Path], stop_fd: int, time_limit: float) -> None:
-        """Run `name`, which the operator finds in `package`, in directories that `scratch` makes.
+    def __init__(
+        self,
+        name: str,
+        package: str,
+        scratch: Callable[[], AbstractContextManager[Path]],
+        stop_fd: int,
+        time_limit: float,
+    ) -> None:
+        """Run `name`, which the operator finds in `package`, in directories that `scratch` lends.
 
         It has `time_limit` seconds to read through a file.
         """
@@ -62,11 +68,8 @@ class Verifier:
         if program is None:
             raise TrustError(f"{self.name} was not found", "verifier-missing", f"install {self._package}")
         try:
-            directory = self._scratch()
-            try:
+            with self._scratch() as directory:
                 return self._run([str(program), *arguments], directory, files, data, time_limit)
-            finally:
-                shutil.rmtree(directory, ignore_errors=True)
         except process.TooSlowError:
             raise self._no_answer("timeout", f"no answer within {time_limit:g} s") from None
         except (process.TooMuchOutputError, process.LeftProcessesError) as error:
@@ -81,7 +84,7 @@ class Verifier:
             files, data = {**files, "data": data}, directory / "data"
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        with data.open("rb") as stdin, tempfile.TemporaryFile(dir=directory) as status:
+        with data.open("rb") as stdin, (directory / ".status").open("x+b") as status:
             output = process.capture(
                 [word.replace(STATUS_FD, str(status.fileno())) for word in command],
                 TOOL_ENVIRONMENT,

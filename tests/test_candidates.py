@@ -292,11 +292,12 @@ def test_releases_that_nobody_needs_are_removed(directory: Path, store: Store) -
     kept, other = (
         store.stage(shell(directory / name, version, "")) for name, version in (("a", "1.1.0"), ("b", "1.2.0"))
     )
-    scratch = store.scratch()
-    store.prune({kept.sha256})
+    with store.scratch() as scratch:
+        store.prune({kept.sha256})
+        assert scratch.exists()
+    assert not scratch.exists()
     assert kept.path.exists()
     assert not other.path.exists()
-    assert scratch.exists()
     assert store.stage(directory / "b").path.exists()
 
 

@@ -48,7 +48,7 @@ CALLERS = {
     ("launch", "Comeback.execute", "posix.become"),
     ("process", "capture", "start_piped"),
     ("started", "Started.start", "system.Child"),
-    ("candidates", "Scanner._ask", "process.capture"),
+    ("candidates", "Scanner._run", "process.capture"),
     ("verifier", "Verifier._run", "process.capture"),
     ("service", "_Service._recover", "system.execute_instead"),
 }
@@ -71,7 +71,7 @@ KNOWN = {
 """What could lead elsewhere: where this program itself was loaded from, the types of a record's fields, and the calls
 of inotify and Windows."""
 
-TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._ask")}
+TAKERS = {("started", "Started.__init__"), ("candidates", "Scanner._run")}
 """What starts a program that came from the upgrade directory, or keeps it to be started."""
 
 _OF_OS = ("exec", "spawn", "posix_spawn", "fork", "system", "popen", "startfile")

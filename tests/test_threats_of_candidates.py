@@ -307,10 +307,12 @@ class Exchanging(Store):
     evil: Path
     place: Path
 
-    def scratch(self) -> Path:
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
         if self.evil.exists():
             self.evil.replace(self.place)
-        return super().scratch()
+        with super().scratch() as directory:
+            yield directory
 
 
 def test_it_is_exchanged_when_it_has_been_verified(scene: Scene, sign: Callable[[Path], Path]) -> None:
