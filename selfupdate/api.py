@@ -14,7 +14,6 @@ from selfupdate.errors import BadRequestError, HandedOverError
 from selfupdate.journal import KEPT
 from selfupdate.listener import join
 from selfupdate.messages import Request, Response, json_response, problem
-from selfupdate.page import with_state
 from selfupdate.settings import parse_duration
 
 if TYPE_CHECKING:
@@ -176,6 +175,8 @@ class Api:
     def _page(self, request: Request) -> Response:
         body, content_type = _PAGE[request.path]
         if request.path == "/":
+            from selfupdate.page import with_state  # whose table of entities no successor need wait for
+
             host = request.headers.get("host", join(self._frontend.binds))
             needs_token = self._settings.token_file is not None
             body = with_state(body, self._standing.as_json(), self._journal.records(), host, needs_token=needs_token)

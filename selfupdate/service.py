@@ -553,7 +553,7 @@ def _read_the_rest() -> None:
 
     Not that of a successor of this program: it is a copy, which stays as long as it runs.
     """
-    from selfupdate import parser, relay  # noqa: F401
+    from selfupdate import page, parser, relay  # noqa: F401
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:
