@@ -1,5 +1,6 @@
 """The composition root: it alone reads the arguments, the environment and signals, and it alone exits."""
 
+import gc
 import os
 import sys
 
@@ -12,6 +13,7 @@ def main() -> None:
     if sys.argv[1:] in (["-version"], ["--version"]):
         print(__version__)
         return
+    gc.disable()  # what a start makes stays; the service looks for garbage behind that, and a command leaves none
     from selfupdate.service import run
 
     status = run(sys.argv[1:])

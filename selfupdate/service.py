@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -277,6 +278,7 @@ class _Service:
             self._complete()  # first: what is imported beside the first requests would keep them waiting
             if self._incumbent.is_plain:
                 _read_the_rest()
+            _begin_to_collect()
             self._standby = Standby(
                 self._incumbent,
                 settings=self._settings,
@@ -297,6 +299,7 @@ class _Service:
             self._accept(listeners.listen(self._frontend.places))
             self._complete()
             _read_the_rest()
+            _begin_to_collect()
             self._say_where()
             self._upgrader.open()
             self._manager.ready(f"{__version__} serves on {listeners.join(self._frontend.binds)}")
@@ -554,6 +557,12 @@ def _read_the_rest() -> None:
     Not that of a successor of this program: it is a copy, which stays as long as it runs.
     """
     from selfupdate import page, parser, relay  # noqa: F401
+
+
+def _begin_to_collect() -> None:
+    """Look for garbage from here on, but never in what is there now, for nearly all of that stays (gc.freeze)."""
+    gc.freeze()
+    gc.enable()
 
 
 def _crash(failure: threading.ExceptHookArgs) -> None:

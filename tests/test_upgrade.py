@@ -23,6 +23,20 @@ pytestmark = pytest.mark.slow
 
 UPGRADES = 20
 
+TELLS_WHETHER_IT_COLLECTS = """
+import gc, sys
+from selfupdate import service
+start, say = service._Service.__init__, service._Service._say_where
+def told(self, given):
+    self.at_first = gc.isenabled()
+    start(self, given)
+def tell(self):
+    say(self)
+    stays = gc.get_freeze_count() > 1000
+    print("garbage:", self.at_first, "then", gc.isenabled(), "beside what stays:", stays, file=sys.stderr)
+service._Service.__init__, service._Service._say_where = told, tell
+"""
+
 
 def test_twenty_upgrades_in_a_row_under_load_lose_no_request(
     start: Callable[..., Service], programs: Programs, figure: Callable[[str], None]
@@ -86,3 +100,16 @@ def test_the_time_of_an_upgrade(programs: Programs, tmp_path: Path, figure: Call
         f"from POST /upgrade to the new version's first answer, median (worst): {_ms(upgrades)}; "
         f"from start to first answer: {_ms(starts)}; ratio {ratio:.2f}"
     )
+
+
+def test_garbage_is_looked_for_once_all_is_there(start: Callable[..., Service], programs: Programs) -> None:
+    """Not while a start goes on, when all that is made stays: by the first version, and by those that follow."""
+    service = start(
+        "-probation", "0", "-drain", "1s", program=programs.faulty("1.0.0", "tells", TELLS_WHETHER_IT_COLLECTS)
+    )
+    told = "garbage: False then True beside what stays: True"
+    service.line(message=told)
+    shutil.copy2(programs.faulty("2.0.0", "tells", TELLS_WHETHER_IT_COLLECTS), service.upgrade_dir / "new")
+    since = len(service.lines)
+    assert service.upgrade()["outcome"] == "committed"
+    service.line(since, message=told)
