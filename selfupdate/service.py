@@ -17,29 +17,18 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from selfupdate import __version__, log, program, settings, signals, system, versions
+from selfupdate import __version__, log, settings, signals, system, versions
 from selfupdate import listener as listeners
 from selfupdate.access import Gate, read_token
 from selfupdate.app import App
-from selfupdate.errors import (
-    CandidateError,
-    IllegalTransitionError,
-    SelfUpdateError,
-    StartError,
-    StateError,
-    UsageError,
-)
+from selfupdate.errors import IllegalTransitionError, SelfUpdateError, StartError, UsageError
+from selfupdate.estate import Estate
 from selfupdate.frontend import Frontend, find_places
-from selfupdate.journal import Journal
 from selfupdate.lifecycle import Event, Lifecycle, Phase
 from selfupdate.manager import Manager
 from selfupdate.presence import Presence
-from selfupdate.program import Program
-from selfupdate.recovery import recover, settle
-from selfupdate.releases import Store
 from selfupdate.server import Server
 from selfupdate.signals import Signals
-from selfupdate.state import StateDirectory
 from selfupdate.stop import Stop
 
 if TYPE_CHECKING:
@@ -141,11 +130,11 @@ class _Service:
         threading.excepthook = _crash
         self._token = read_token(given.token_file) if given.token_file else None
         self._lifecycle = Lifecycle(Phase.STANDBY if self._incumbent else Phase.RUNNING)
-        self._state = StateDirectory(given.state_dir)
-        self._store = Store(given.state_dir, given.limits.candidate_size)
-        self._journal = Journal(self._state.path / "journal")
-        self._program = Program(__version__, None, program.file_of_this_program(), __version__)
-        self._fault = self._open_state()
+        self._estate = Estate(given.state_dir, given.limits.candidate_size)
+        if self._incumbent:
+            self._estate.share(self._incumbent)
+        elif self._estate.take():
+            self._execute_anew()
         passed = listeners.adopt(os.environ)  # not before: what recovers starts anew, and leaves the sockets to that
         if self._incumbent:
             passed = self._incumbent.recognise(passed)
@@ -175,35 +164,35 @@ class _Service:
         from selfupdate.upgrade import Upgrader
         from selfupdate.watch import Watch
 
-        given, stop_fd = self._settings, self._stop_request.fileno()
-        self._trust = Trust(given, self._store, stop_fd)
+        given, estate, stop_fd = self._settings, self._estate, self._stop_request.fileno()
+        self._trust = Trust(given, estate.store, stop_fd)
         scanner = Scanner(
             given.upgrade_dir,
-            self._store,
+            estate.store,
             self._trust,
             running=versions.parse(__version__),
-            running_sha256=lambda: self._program.sha256,
-            floor=self._floor,
+            running_sha256=lambda: estate.program.sha256,
+            floor=estate.floor,
             allow=given.allow,
-            fault_of=self._journal.fault_of,
+            fault_of=estate.journal.fault_of,
             needed=self._needed_releases,
-            fault=self._fault,
+            fault=estate.fault,
             stop_fd=stop_fd,
             limits=given.limits,
         )
         self._upgrader = Upgrader(
-            program=self._program,
+            program=estate.program,
             generation=self._generation,
             settings=given,
             lifecycle=self._lifecycle,
-            journal=self._journal,
+            journal=estate.journal,
             scanner=scanner,
-            store=self._store,
+            store=estate.store,
             trust=self._trust,
             server=self._server,
             frontend=self._frontend,
             stop=self._stop_request,
-            lock_fd=self._state.lock_fd,
+            lock_fd=estate.state.lock_fd,
             on_settled=self._signals.wake,
             on_retired=lambda: self._signals.wake(signals.RETIRED),
             on_stop=lambda: self._signals.wake(signals.STOP),
@@ -213,7 +202,7 @@ class _Service:
             self._server,
             self._signals,
             self._manager,
-            self._state,
+            estate.state,
             given.limits.health_time,
         )
         self._watch = Watch(given.upgrade_dir, scanner.look_ahead, self._lifecycle, stop_fd)
@@ -227,28 +216,27 @@ class _Service:
         from selfupdate.metrics import Metrics
         from selfupdate.standing import Standing
 
-        standing = Standing(
-            self._program, self._generation, self._lifecycle, self._journal, self._trust, self._frontend
-        )
+        estate, journal = self._estate, self._estate.journal
+        standing = Standing(estate.program, self._generation, self._lifecycle, journal, self._trust, self._frontend)
         metrics = Metrics(
             version=__version__,
             generation=self._generation,
             lifecycle=self._lifecycle,
-            journal=self._journal,
+            journal=journal,
             scanner=scanner,
             server=self._server,
-            counters=Counters(None if self._fault else self._state.path),
+            counters=Counters(None if estate.fault else estate.state.path),
         )
         wake, limit = self._server.advance_streams, self._settings.limits.listeners
         api = Api(
             version=__version__,
             settings=self._settings,
             standing=standing,
-            journal=self._journal,
+            journal=journal,
             scanner=scanner,
             upgrader=self._upgrader,
             frontend=self._frontend,
-            feed=Feed(self._journal, self._lifecycle, standing.as_json, wake, limit),
+            feed=Feed(journal, self._lifecycle, standing.as_json, wake, limit),
             metrics=metrics,
         )
         routes = {**self._presence.routes, **api.routes}
@@ -257,7 +245,7 @@ class _Service:
     def _follow(self) -> None:
         """Have the service manager told what happens."""
         self._lifecycle.follow(self._manager.follow)
-        self._journal.follow(self._manager.show)
+        self._estate.journal.follow(self._manager.show)
         if self._manager.watchdog_interval is not None:
             self._server.beat(self._manager.watchdog_interval, self._manager.alive)
 
@@ -283,7 +271,7 @@ class _Service:
                 self._incumbent,
                 settings=self._settings,
                 lifecycle=self._lifecycle,
-                journal=self._journal,
+                journal=self._estate.journal,
                 places=self._frontend.places,
                 health=self._presence.health,
                 accept=self._take_over,
@@ -321,7 +309,7 @@ class _Service:
 
     def _look_ahead(self) -> None:
         """Know what is in the upgrade directory before anybody asks, if upgrades are on."""
-        if self._fault is None and self._trust.is_on:
+        if self._estate.fault is None and self._trust.is_on:
             self._watch.begin()
 
     def _hang_up(self) -> None:
@@ -417,7 +405,7 @@ class _Service:
     def _accept(self, found: Sequence[Listener]) -> None:
         self._frontend.open(found)
         self._server.accept(*(listener.sock for listener in found))
-        self._state.sign(str(self._frontend.binds[0]))
+        self._estate.state.sign(str(self._frontend.binds[0]))
 
     def _take_over(self, found: Sequence[Listener]) -> None:
         self._accept(found)
@@ -427,92 +415,29 @@ class _Service:
         """Tell that all is there: who waits for this line may replace the file that the program was started from."""
         _log.info("serving", extra={"bind": listeners.join(self._frontend.binds)})
 
-    def _open_state(self) -> StateError | None:
-        """Be the only service on the state directory, or its service's successor, and put it in order.
-
-        Returns why upgrades are off, where it can't be used. Raises StartError where another service has it.
-        """
-        incumbent = self._incumbent
-        try:
-            if incumbent is None:
-                self._state.open()
-                self._state.lock()
-                self._store.open()
-                self._journal.open()
-                self._store.clear()
-                self._keep_this_program()
-                self._recover()
-            elif incumbent.lock_fd is not None:
-                self._state.inherit(incumbent.lock_fd)
-                self._journal.read()
-                self._program = Program(
-                    __version__, incumbent.sha256, incumbent.program, incumbent.installed or __version__
-                )
-            else:
-                self._state.open()
-                self._store.open()
-                self._journal.read()
-        except StateError as error:
-            _log.error("upgrades are off", extra={"code": error.code, "reason": str(error), "remedy": error.remedy})
-            return error
-        return None
-
-    def _keep_this_program(self) -> None:
-        """Keep a copy of the running program in the store, to go back to."""
-        if self._program.path is None:
-            return
-        try:
-            self._program.sha256 = self._store.stage(self._program.path).sha256
-            self._store.findings.save()  # the next start need not read the file
-        except CandidateError as error:
-            _log.warning("no rollback to this version will be possible", extra={"reason": str(error)})
-
-    def _recover(self) -> None:
-        """Put in order what a crash left, before anything is bound."""
-        if recover(self._journal, self._store, self._program.path):
-            path = str(self._program.path)
-            _log.warning("the version that had been committed is installed now, and started", extra={"program": path})
-            system.execute_instead(path, sys.argv[1:], self._state.lock_fd)
+    def _execute_anew(self) -> None:
+        """Become the version that is in the program's file now."""
+        path = str(self._estate.program.path)
+        _log.warning("the version that had been committed is installed now, and started", extra={"program": path})
+        system.execute_instead(path, sys.argv[1:], self._estate.state.lock_fd)
 
     def _begin_to_own(self) -> None:
         """Settle what the incumbent left to this process, when this process is there to stay."""
-        if self._incumbent and self._incumbent.is_plain and self._fault is None:
+        if self._incumbent and self._incumbent.is_plain and self._estate.fault is None:
             threading.Thread(target=self._own_later, name="lock", daemon=True).start()
-            return
-        last = self._journal.last_commit()
-        if last is None or last.sha256 != self._program.sha256:
-            return
-        if last.installed is None:
-            settle(self._journal, self._store, last)
-            last = self._journal.get(last.id) or last
-        if last.installed:
-            self._program.installed = __version__
+        else:
+            self._estate.settle()
 
     def _own_later(self) -> None:
         """Wait until a plain incumbent has let go of the state directory."""
-        try:
-            self._state.lock(wait=True)
-            self._state.sign(str(self._frontend.binds[0]))
-            self._journal.open()
-        except StateError as error:
-            _log.error("the history is kept in memory alone", extra={"reason": str(error)})
-        else:
+        if self._estate.wait_for(str(self._frontend.binds[0])):
             self._look_ahead()
-
-    def _floor(self) -> versions.Version | None:
-        """Return the version below which nothing is chosen: the last that was blessed, or rolled back to."""
-        last = self._journal.last_commit()
-        return versions.parse(last.to_version) if last and last.to_version else None
 
     def _needed_releases(self) -> set[str] | None:
         """Return the digests of the releases that must stay; None where another process decides that."""
         if self._lifecycle.phase in {Phase.STANDBY, Phase.TRIAL, Phase.RETIRED}:
             return None
-        last, newest = self._journal.last_commit(), next(iter(self._journal.records()), None)
-        found = {self._program.sha256}
-        found |= {last.sha256, last.from_sha256} if last else set()
-        found |= {newest.sha256} if newest else set()  # under way, or failed and looked into
-        return {sha256 for sha256 in found if sha256}
+        return self._estate.needed_releases()
 
     def _stop(self, word: int) -> int:
         """End an upgrade, then finish what is under way."""

@@ -50,7 +50,7 @@ CALLERS = {
     ("started", "Started.start", "system.Child"),
     ("candidates", "Scanner._run", "process.capture"),
     ("verifier", "Verifier._run", "process.capture"),
-    ("service", "_Service._recover", "system.execute_instead"),
+    ("service", "_Service._execute_anew", "system.execute_instead"),
 }
 """Who calls those: the first starts a shell, `verifier` the platform's own tools, and the last one is the program
 that was installed, which is executed anew."""
@@ -278,11 +278,11 @@ def test_what_starts_a_candidate_takes_a_release() -> None:
 
 def test_the_program_that_is_executed_anew_is_the_one_that_was_installed() -> None:
     """A start executes another file only after it has put it there itself, from the store."""
-    recover = SOURCE["service"].partition("def _recover")[2].partition("\n    def ")[0]
-    assert recover.index("if recover(self._journal, self._store, self._program.path):") < recover.index(
-        "system.execute_instead(path"
-    )
-    assert "path = str(self._program.path)" in recover
+    assert SOURCE["service"].count("self._execute_anew()") == 1
+    assert "elif self._estate.take():\n            self._execute_anew()" in SOURCE["service"]
+    assert "return recover(self.journal, self.store, self.program.path)" in SOURCE["estate"]
+    anew = SOURCE["service"].partition("def _execute_anew")[2].partition("\n    def ")[0]
+    assert anew.index("path = str(self._estate.program.path)") < anew.index("system.execute_instead(path")
 
 
 @pytest.mark.parametrize(
