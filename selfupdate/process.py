@@ -24,6 +24,9 @@ __all__ = [
 
 LEFTOVER_TIME = 0.2
 """Seconds from a child's end to that of its output; longer means that another process holds it."""
+_LAST_LOOKS = 3
+"""Looks when the time is over: all may have come while this process was kept from looking, what fills a pipe and its
+end. More would let an output without end have its way."""
 
 
 def ending(status: int | None) -> str:
@@ -98,9 +101,10 @@ def _read(
     streams = {stream.fileno(): stream for stream in printed}
     (out, err), exited = streams, process.exit_fd
     read = {out: bytearray(), err: bytearray()}
-    watched = {out, err, exited}
+    watched, late = {out, err, exited}, 0
     while watched:
-        readable = ready({*watched, stop_fd}, deadline) if time.monotonic() < deadline else set()
+        late += time.monotonic() >= deadline
+        readable = ready({*watched, stop_fd}, deadline) if late <= _LAST_LOOKS else set()
         if stop_fd in readable:
             raise StopRequestedError("a stop signal arrived")
         if not readable:

@@ -38,6 +38,8 @@ _CHUNK = 65536
 _LONGEST_STATUS = 200
 _REPLACE = "/replace"
 _TAKING_OVER = "when it was to take over"
+_DYING_TIME = 0.2
+"""Seconds from the end of a process's connections to its own, which says more; both are the kernel's work."""
 
 
 class _NoAnswerError(SuccessorError):
@@ -108,7 +110,7 @@ class Successor:
         owns = self._peer.owns(address)
         if owns:
             return
-        self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
+        self.wait(time.monotonic() + _DYING_TIME, doing)
         if owns is None:
             raise SuccessorError(f"does not listen on {address}", "handover-bind")
         raise UpgradeError(
@@ -333,7 +335,7 @@ class Successor:
         except TimeoutError:
             raise _NoAnswerError(f"did not answer GET {path} {doing} in time", "handover-timeout") from None
         except (OSError, NoAnswerError) as error:
-            self.wait(time.monotonic() + self._limits.poll_interval, doing)  # its death says more, and follows at once
+            self.wait(time.monotonic() + _DYING_TIME, doing)
             what = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise _NoAnswerError(f"did not answer GET {path} {doing}: {what}", "handover-no-answer") from None
 

@@ -74,6 +74,14 @@ def test_capture_ends_whatever_it_started(script: str, error: type[Exception], t
             wait_for_end(int(entry.name))  # it was killed, and may take a moment to be gone
 
 
+def test_capture_takes_what_came_while_nobody_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is over when the program's end is seen; what it had printed by then is there, and so is its end."""
+    monkeypatch.setattr(process, "LEFTOVER_TIME", -1.0)
+    assert _run("echo out; echo err >&2") == Output(0, b"out\n", b"err\n")
+    with pytest.raises(process.LeftProcessesError):
+        _run("sleep 600 & exit 0")
+
+
 @pytest.mark.parametrize("stray", [": > ready; exec sleep 600", "setsid sh -c ': > ready; exec sleep 600' & wait"])
 def test_capture_ends_what_left_its_group(stray: str, tmp_path: Path) -> None:
     """A process in a session of its own is known by the mark that it inherited, and so is what that one started."""
