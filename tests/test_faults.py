@@ -80,7 +80,8 @@ def test_the_disk_is_full_when_a_candidate_is_copied(
     (candidate,) = service.get("/candidates")["candidates"]
     assert "No space left on device" in candidate["reason"]
     assert service.upgrade()["outcome"] == "up-to-date"
-    assert len(list((state / "releases").iterdir())) == 1  # the running one
+    releases = state / "releases"
+    service.poll(lambda: list(releases.iterdir()), lambda left: len(left) == 1)  # the running one; none is looked at
     ballast.unlink()
     assert service.upgrade()["outcome"] == "committed"
 
@@ -187,7 +188,7 @@ def test_a_state_directory_that_becomes_read_only(
     answer = service.upgrade()
     assert answer["outcome"] == "up-to-date"
     assert answer["candidates"][0]["reason"].endswith("Read-only file system")
-    subprocess.run(["umount", state], check=True)
+    subprocess.run(["umount", "-l", state], check=True)  # a look ahead may be at it
     assert service.upgrade()["outcome"] == "committed"
 
 
@@ -312,17 +313,15 @@ os.fsync = slow
 def test_requests_do_not_wait_for_the_journal(
     programs: Programs, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    """While a write takes two seconds, as many requests are answered as before."""
+    """While a write takes two seconds, none of them waits for it."""
     with Service(programs.faulty("1.0.0", "slow-disk", SLOW_DISK), tmp_path, *FLAGS) as service:
         shell(service.upgrade_dir / "bad", "2.0.0", "exit 3")
         with Load(service.address) as load:
             load.take()
             service.upgrade("bad")  # five records, each two seconds
             slow = load.take()
-            service.upgrade()  # nothing is newer any more: nothing is written
-            threading.Event().wait(slow.seconds)  # the same time, for comparison
-            steady = load.take()
         assert not slow.failed
-        ratio = (slow.answered / slow.seconds) / (steady.answered / steady.seconds)
-        assert ratio > 0.5, "a write of the journal holds the service up"
-        figure(f"requests a second while each write of the journal takes 2 s, against without: ratio {ratio:.2f}")
+        assert slow.seconds > 4  # two writes at least
+        assert slow.longest_gap < 2, "a write of the journal holds the service up"
+        gap = slow.longest_gap * 1000
+        figure(f"the longest time without an answer while each write of the journal takes 2 s: {gap:.0f} ms")
