@@ -25,7 +25,7 @@ class Asking:
         self.answered = 0
         self._address = address
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -133,6 +133,8 @@ class Listening:
 
     def _listen(self) -> None:
         with socket.create_connection(self._address, PATIENCE) as self._connection:
+            if self._stopped:  # while there was no connection yet to be shut down
+                return
             last = "" if self._last_id is None else f"Last-Event-ID: {self._last_id}\r\n"
             self._connection.sendall(f"GET {self._path} HTTP/1.1\r\nHost: localhost\r\n{last}\r\n".encode())
             with self._connection.makefile("rb") as stream:

@@ -89,6 +89,11 @@ def as_manager(fds: Sequence[int]) -> list[str]:
     return ["/bin/bash", "-c", script]
 
 
+def has_settled(record: Any) -> bool:
+    """Tell whether nothing more will happen: it has ended, and what a restart brings is known."""
+    return record["outcome"] is not None and (record["outcome"] != "committed" or record["installed"] is not None)
+
+
 class Watched:
     """A service that runs somewhere: what it says, in its log and over HTTP."""
 
@@ -177,7 +182,7 @@ class Watched:
         """Upgrade, and return the record when it has ended."""
         answer = self.ask("POST", "/upgrade?wait=30s", {"name": name} if name else None)
         if answer.status == 202:
-            return self.record_when(answer.json["id"], lambda record: record["outcome"] is not None)
+            return self.record_when(answer.json["id"], has_settled)
         if answer.status in {404, 422}:
             return self.get(answer.headers["Location"])
         assert answer.status == 200, answer.body

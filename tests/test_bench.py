@@ -357,7 +357,7 @@ def test_an_end_with_nothing_asked_is_counted() -> None:
         is_asked(connection)
         connection.sendall(ANSWER)
 
-    trace = seen(behave, 3, rate=50.0)
+    trace = seen(behave, 30, rate=50.0)
     assert trace.closings()[IDLE] >= 2
     assert not trace.failures
 
@@ -396,7 +396,7 @@ def test_an_end_that_was_announced_and_does_not_come_is_counted() -> None:
         connection.sendall(LAST_ANSWER)
         is_asked(connection)
 
-    trace = seen(behave, 2, patience=0.3)
+    trace = seen(behave, 2, patience=2.0)
     assert set(trace.failed()) == {UNENDED}
     assert trace.answered
 

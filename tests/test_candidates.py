@@ -21,6 +21,7 @@ from selfupdate.settings import Limits
 from selfupdate.trust import Trust
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -259,23 +260,20 @@ def test_what_runs_is_a_private_copy(directory: Path, store: Store) -> None:
 
 def test_a_file_that_is_being_written_is_taken_later(directory: Path, tmp_path: Path) -> None:
     """A writer that is at work during the copy is noticed; when it has ended, the file is whole."""
-    store = Store(tmp_path, 1 << 30)
-    source = shell(directory / "a", "2.0.0", "#" * (8 << 20))
-    stop = threading.Event()
+    source = shell(directory / "a", "2.0.0", "#" * (1 << 20))
 
-    def write() -> None:
-        with source.open("ab", buffering=0) as file:
-            while not stop.is_set():
+    class Overtaken(Store):
+        """A store in which the file grows while it is copied."""
+
+        def _write(self, reader: io.RawIOBase, target: Path) -> str:
+            sha256 = super()._write(reader, target)
+            with source.open("ab") as file:
                 file.write(b"#")
+            return sha256
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with pytest.raises(CandidateError, match="is still being copied"):
-            store.stage(source)
-    finally:
-        stop.set()
-        writer.join()
+    with pytest.raises(CandidateError, match="is still being copied"):
+        Overtaken(tmp_path, 1 << 30).stage(source)
+    store = Store(tmp_path, 1 << 30)
     assert store.stage(source).path.read_bytes() == source.read_bytes()
 
 

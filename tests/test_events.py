@@ -186,8 +186,8 @@ def test_what_the_successor_writes_is_told_as_it_comes(
     talks = f"echo one >&2; read _ < {service.upgrade_dir}/..gate; echo two; exit 3"
     shell(service.upgrade_dir / "slow", "2.0.0", talks)
     service.ask("POST", "/upgrade")
-    told = listener.wait_for(lambda event: event.kind == "record" and "one" in (event.data["log"] or ""))
-    assert (told.data["phase"], told.data["outcome"]) == ("STARTING", None)
+    told = listener.wait_for(lambda event: "one" in (record_in(event).get("log") or ""))
+    assert (record_in(told)["phase"], record_in(told)["outcome"]) == ("STARTING", None)
     (service.upgrade_dir / "..gate").write_text("go\n", encoding="ascii")
     ended = listener.wait_for(is_end)
     assert "two" in ended.data["record"]["log"]
@@ -240,8 +240,8 @@ def test_that_nothing_is_newer_is_told(start: Callable[..., Service], listen: An
     write_program(service.upgrade_dir / "old", f"#!/bin/sh\nread _ < {gate}; echo 0.9.0\n".encode())
     with ThreadPoolExecutor() as asking:
         answer = asking.submit(service.upgrade)
-        begun = listener.wait_for(lambda event: event.kind == "phase")
-        assert begun.data["phase"] == "CHOOSING"
+        listener.wait_for(lambda event: event.kind == "phase" and event.data["phase"] == "CHOOSING")
+        begun = listener.wait_for(lambda event: event.kind == "status" and event.data["phase"] == "CHOOSING")
         gate.write_text("go\n", encoding="ascii")
         assert answer.result()["outcome"] == "up-to-date"
     listener.wait_for(

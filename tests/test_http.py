@@ -92,7 +92,7 @@ def test_what_was_never_begun_is_in_no_history(start: Callable[..., Service], pr
 
 def test_of_many_simultaneous_requests_one_is_accepted(start: Callable[..., Service], programs: Programs) -> None:
     """50 at once: one 202, and 49 times 409 with its id and its place."""
-    service = start("-probation", "300ms", "-drain", "5s")
+    service = start("-probation", "3s", "-drain", "5s")  # all of them have asked by then
     (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
     address = service.address
     barrier = threading.Barrier(50)

@@ -116,7 +116,7 @@ class Handover:
 @pytest.fixture
 def service(start: Callable[..., Service]) -> Service:
     """Return a service with a short trial."""
-    return start("-probation", "100ms", "-drain", "2s", "-standby", "10s")
+    return start("-probation", "100ms", "-drain", "20s", "-standby", "10s")
 
 
 def settled(service: Service, version: str, pid: int | None = None) -> Any:
@@ -180,7 +180,7 @@ def test_without_keep_pid_the_original_process_exits(start: Callable[..., Servic
     ("fault", "reason"),
     [
         (_ON_RETURN.format(then="raise SystemExit(3)"), "ended before it stood by"),
-        (_ON_RETURN.format(then="__import__('threading').Event().wait()"), "did not stand by within 3 s"),
+        (_ON_RETURN.format(then="__import__('threading').Event().wait()"), "did not stand by within 7 s"),
         (_IS_UNHEALTHY.format(phase="STANDBY"), "is not healthy: it answered 503 when it was probed"),
         (_IS_UNHEALTHY.format(phase="TRIAL"), "is not healthy: it answered 503 on trial"),
     ],
@@ -190,7 +190,7 @@ def test_the_trial_serves_on_where_the_original_does_not_come_up(
     start: Callable[..., Service], programs: Programs, fault: str, reason: str
 ) -> None:
     """No request fails, the history says why the process id is another, and the next upgrade works."""
-    service = start("-probation", "100ms", "-drain", "1s", "-standby", "2s")
+    service = start("-probation", "100ms", "-drain", "1s", "-standby", "6s")
     (service.upgrade_dir / "new").symlink_to(programs.faulty("1.1.0", "does-not-return", fault))
     asking = Asking(service.address)
     record = service.upgrade()
