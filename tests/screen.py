@@ -18,7 +18,7 @@ from service import PATIENCE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-_TOKEN = re.compile(r"\x1b\[([0-9;]*)([a-zA-Z])|\x1b|.", re.DOTALL)
+_TOKEN = re.compile(r"\x1b\[([0-9;]*)([a-zA-Z])|(\x1b(?:\[[0-9;]*)?\Z)|\x1b|.", re.DOTALL)
 
 
 class Screen:
@@ -30,12 +30,17 @@ class Screen:
         self.styles: set[str] = set()
         self.overwritten: list[str] = []
         """What each line held before it was written over."""
+        self.begun = ""
+        """What a code begins with whose rest has not come yet."""
         self._columns = columns
         self._column = 0
 
     def feed(self, text: str) -> None:
+        text, self.begun = self.begun + text, ""
         for token in _TOKEN.finditer(text):
-            if token[2] == "m":
+            if token[3]:
+                self.begun = token[3]
+            elif token[2] == "m":
                 self.styles.add(token[1])
             elif token[0] == "\x1b[K":
                 self.lines[-1] = self.lines[-1][: self._column]
@@ -111,7 +116,7 @@ class Command:
         self._close()
         if self._failure:
             raise self._failure
-        assert self.screen.lines[-1] == "", "the prompt begins a line"
+        assert (self.screen.lines[-1], self.screen.begun) == ("", ""), "the prompt begins a line"
         return status
 
     def __enter__(self) -> Self:

@@ -124,6 +124,9 @@ def test_the_screen_of_these_tests() -> None:
     assert (screen.lines, screen.has_wrapped, screen.styles) == (["xye", ""], False, {"1", "0"})
     screen.feed("123456")
     assert (screen.lines, screen.has_wrapped) == (["xye", "12345", "6"], True)
+    for piece in ("\x1b", "[", "3", "1m7"):  # as much of a code as has come is none yet
+        screen.feed(piece)
+    assert (screen.lines[-1], screen.styles, screen.begun) == ("67", {"1", "0", "31"}, "")
     for code in ("\x1b[2J", "\x1b]0;x\x07", "\x9bJ", "\a"):
         with pytest.raises(AssertionError):
             screen.feed(code)

@@ -77,7 +77,7 @@ class Terminal(Watched):
         """Type the command that starts the service; return its process id."""
         self.expect(PROMPT)
         self.type(f"./self-update {FLAGS} {flags}\n".encode())
-        self._place: Place = ("localhost", int(self.expect("serving.*bind[^l]+localhost:([0-9]+)")))
+        self._place: Place = ("localhost", int(self.expect("serving.*bind[^l]+localhost:([0-9]+)[^0-9]")))
         return int(self.get("/status")["pid"])
 
     def assert_the_shell_is_back(self) -> None:
