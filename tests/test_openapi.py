@@ -286,9 +286,9 @@ def test_nothing_is_found_while_the_service_upgrades_and_goes_back(
     service = start("-probation", "100ms", "-drain", "2s")
     (service.upgrade_dir / CANDIDATE).symlink_to(programs.version("1.1.0"))
     assert_nothing_found(examine(service, tmp_path))
+    service.status_when(lambda status: status["phase"] == "RUNNING")
     ended = {(record["kind"], record["outcome"]) for record in service.get("/upgrades")["upgrades"]}
     assert {("upgrade", "committed"), ("rollback", "committed")} <= ended
-    service.status_when(lambda status: status["phase"] == "RUNNING")
     service.upgrade(CANDIDATE)  # unless it is what runs
     service.status_when(lambda status: (status["phase"], status["version"]) == ("RUNNING", "1.1.0"))
     assert service.get("/openapi.json") == _changed("/info/version", "1.1.0")
@@ -316,6 +316,7 @@ def test_nothing_is_found_after_a_failed_upgrade(start: Callable[..., Service], 
     shell(service.upgrade_dir / CANDIDATE, "1.1.0", "echo no >&2; exit 3")
     assert service.upgrade()["outcome"] == "aborted"
     assert_nothing_found(examine(service, tmp_path))
+    service.status_when(lambda status: status["phase"] == "RUNNING")
     assert {record["outcome"] for record in service.get("/upgrades")["upgrades"]} == {"aborted"}
 
 

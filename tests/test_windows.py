@@ -147,12 +147,13 @@ def test_it_upgrades_itself_twice_and_goes_back(
 
 DIES_ON_TRIAL = """
 import os, threading
-from selfupdate import service
-accept = service._Service._accept
-def leave(self, listener):
-    accept(self, listener)
-    threading.Timer(0.3, os._exit, [7]).start()
-service._Service._accept = leave
+from selfupdate import presence
+health = presence.Presence.health
+def answer(self):
+    if self._lifecycle.phase == "TRIAL":
+        threading.Timer(0.3, os._exit, [7]).start()
+    return health(self)
+presence.Presence.health = answer
 """
 DIES_AT_ONCE = """
 import sys
