@@ -12,6 +12,12 @@ import build
 
 FAKES = Path(__file__).resolve().parent / "fakes"
 
+PATIENT = """
+from selfupdate import settings
+settings.Settings.__new__.__defaults__ = (settings.Limits(version_time=60.0),)
+"""
+"""Statements for `Programs.faulty`: candidates have more time to tell their version than a test takes for anything."""
+
 
 class Programs:
     """Built files, each made once."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from programs import shell, write_program
+from programs import PATIENT, shell, write_program
 from screen import Command, Screen
 from service import PATIENCE
 
@@ -264,10 +264,10 @@ def test_the_status_follows_an_upgrade(
 
 @pytest.mark.slow
 def test_the_status_follows_an_upgrade_that_turns_out_to_be_none(
-    start: Callable[..., Service], run: Callable[..., Command]
+    start: Callable[..., Service], programs: Programs, run: Callable[..., Command]
 ) -> None:
     """The candidate says at last that it is older: the service forgets the upgrade."""
-    service = start()
+    service = start(program=programs.faulty("1.0.0", "patient", PATIENT))
     gate = service.upgrade_dir.parent / "gate"
     os.mkfifo(gate)
     write_program(service.upgrade_dir / "slow", f"#!/bin/sh\nread line < {gate}\necho 0.5.0\n".encode())

@@ -298,7 +298,7 @@ def test_release_frees_the_address(make: Callable[..., Site]) -> None:
 
 def test_close_serves_what_has_arrived(make: Callable[..., Site]) -> None:
     """Requests under way, in the queue, and just behind the last answer are answered; then nobody listens."""
-    site = make()
+    site = make(last_call_time=5.0)
     with site.connect() as kept, site.connect() as busy:
         kept.sendall(GET)
         read_one(kept)
@@ -310,7 +310,7 @@ def test_close_serves_what_has_arrived(make: Callable[..., Site]) -> None:
             closing.start()
             kept.sendall(GET)
             assert b"200 OK" in read_all(kept)
-            assert b"200 OK" in read_all(queued)
+            assert b"200 OK" in read_one(queued)  # a client that asks early may stay for the last call
         site.gate.set()
         assert CLOSE in read_all(busy)
         closing.join(PATIENCE)

@@ -163,7 +163,7 @@ def test_the_journal_has_the_lines_of_all_versions(site: Site) -> None:
 
 def test_a_reload_upgrades(site: Site) -> None:
     """`systemctl reload` starts an upgrade, the unit is reloading for as long as it lasts, and active thereafter."""
-    unit = site.install(flags=f"{QUICK} -probation 2s")
+    unit = site.install(flags=f"{QUICK} -probation 5s")
     main = unit.main_pid
     site.offer(site.programs.version("1.1.0"))
     unit.systemctl("reload", "--no-block")
@@ -295,11 +295,11 @@ def test_the_watchdog_restarts_a_service_that_hangs(site: Site, upgrades: int) -
         assert unit.upgrade()["outcome"] == "committed"
         site.settled(unit)
         site.machine.run("rm", f"{HERE}/hung")
-    site.machine.install("self-update.service.d/quick.conf", "[Service]\nWatchdogSec=1s\n")
+    site.machine.install("self-update.service.d/quick.conf", "[Service]\nWatchdogSec=3s\n")
     unit.systemctl("restart")
     hung = unit.main_pid
     with unit.connect(unit.address, PATIENCE):
-        started_again(unit, "Watchdog timeout (limit 1s)!")
+        started_again(unit, "Watchdog timeout (limit 3s)!")
     status = site.settled(unit)
     assert status["version"] == versions[-1]
     assert status["pid"] != hung
@@ -308,8 +308,8 @@ def test_the_watchdog_restarts_a_service_that_hangs(site: Site, upgrades: int) -
 
 def test_the_watchdog_is_content_with_an_upgrade(site: Site) -> None:
     """The main process gives signs of life throughout: while it serves, while it watches, and as what it becomes."""
-    unit = site.install(flags=f"{QUICK} -probation 4s")
-    site.machine.install("self-update.service.d/quick.conf", "[Service]\nWatchdogSec=2s\n")
+    unit = site.install(flags=f"{QUICK} -probation 8s")
+    site.machine.install("self-update.service.d/quick.conf", "[Service]\nWatchdogSec=4s\n")
     unit.systemctl("restart")
     main = unit.main_pid
     site.upgrade(unit, "1.1.0")
