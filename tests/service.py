@@ -181,10 +181,16 @@ class Watched:
     def upgrade(self, name: str | None = None) -> Any:
         """Upgrade, and return the record when it has ended."""
         answer = self.ask("POST", "/upgrade?wait=30s", {"name": name} if name else None)
+        return self.get(answer.headers["Location"]) if answer.status in {404, 422} else self._record_of(answer)
+
+    def roll_back(self) -> Any:
+        """Go back to the version before, and return the record when that has ended."""
+        return self._record_of(self.ask("POST", "/rollback?wait=30s"))
+
+    def _record_of(self, answer: Answer) -> Any:
+        """Return the record of what an answer says was begun, when it has ended: the answer waits for `-drain` only."""
         if answer.status == 202:
             return self.record_when(answer.json["id"], has_settled)
-        if answer.status in {404, 422}:
-            return self.get(answer.headers["Location"])
         assert answer.status == 200, answer.body
         return answer.json
 

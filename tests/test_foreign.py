@@ -97,7 +97,7 @@ def test_there_and_back(
     they still wait when the port is given up; nothing else befalls them.
     """
     environ = {"SUCCESSOR": str(programs.version("3.0.0"))}
-    flags = ("-probation", "300ms", "-drain", "10s")
+    flags = ("-probation", "300ms", "-drain", "30s")
     with Service(programs.version("1.0.0"), tmp_path, *flags, environ=environ) as service:
         offer(service, build(language), protocol)
         with Load(service.address) as load:

@@ -247,22 +247,10 @@ def test_a_unix_socket_serves_and_is_handed_over(
     """The path stays, and one version after another answers on it."""
     path = tmp_path / "s"
     service = start("-bind", f"unix:{path}", "-probation", "100ms", "-drain", "5s")
-    service.line(message="serving")
     (service.upgrade_dir / "new").symlink_to(programs.version("1.1.0"))
-    assert _over(path, b"GET /version")["version"] == "1.0.0"
-    assert _over(path, b"POST /upgrade?wait=30s")["outcome"] == "committed"
-    assert _over(path, b"GET /version")["version"] == "1.1.0"
+    assert service.places == [str(path)]
+    assert service.get("/version") == {"version": "1.0.0"}
+    assert service.upgrade()["outcome"] == "committed"
+    assert service.get("/version") == {"version": "1.1.0"}
     service.stop()
     assert not path.exists()
-
-
-def _over(path: Path, request: bytes) -> dict[str, str]:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
-        client.connect(str(path))
-        client.sendall(request + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        answer = b""
-        while chunk := client.recv(65536):
-            answer += chunk
-    value: dict[str, str] = json.loads(answer.partition(b"\r\n\r\n")[2])
-    return value

@@ -140,7 +140,7 @@ def test_thirty_upgrades_and_rollbacks_under_load_keep_the_process_id(
         for number in range(1, UPGRADES + 1):
             version = f"1.0.{number}"
             if number % 10 == 0:  # back, and forth again by name
-                assert service.ask("POST", "/rollback?wait=30s").json["outcome"] == "committed"
+                assert service.roll_back()["outcome"] == "committed"
                 settled(service, f"1.0.{number - 2}")
                 assert service.upgrade(f"1.0.{number - 1}")["outcome"] == "committed"
                 settled(service, f"1.0.{number - 1}")

@@ -407,7 +407,7 @@ def test_no_number_falls_when_versions_change(
             (service.upgrade_dir / version).symlink_to(programs.version(version))
             assert service.upgrade()["outcome"] == "committed"
             service.status_when(lambda status: (status["version"], status["phase"]) == (version, "RUNNING"))  # noqa: B023
-        assert service.ask("POST", "/rollback?wait=30s").json["outcome"] == "committed"
+        assert service.roll_back()["outcome"] == "committed"
         service.status_when(lambda status: (status["version"], status["phase"]) == ("1.2.0", "RUNNING"))
     now = counts_each(service, monitor, asking)
     assert Phase.TRIAL in monitor.phases

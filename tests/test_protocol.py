@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_foreign_successor_of_the_plain_protocol_takes_over(start: Callable[..., Service]) -> None:
     """It gets the arguments that the contract names, exactly so, and binds the address itself."""
-    service = start("-probation", "300ms", "-drain", "5s")
+    service = start("-probation", "300ms", "-drain", "30s")
     address = service.address
     fake(service.upgrade_dir / "foreign", "plain", "2.0.0", "serves")
     answer = service.ask("POST", "/upgrade?wait=30s")
@@ -79,7 +79,7 @@ def test_a_plain_successor_that_cannot_be_reached_costs_nothing(start: Callable[
 
 def test_a_foreign_successor_of_the_full_protocol_takes_over(start: Callable[..., Service]) -> None:
     """It inherits the listener, and the connections that waited are answered."""
-    service = start("-probation", "300ms", "-drain", "5s")
+    service = start("-probation", "300ms", "-drain", "30s")
     fake(service.upgrade_dir / "foreign", "full", "2.0.0", "serves")
     record = service.ask("POST", "/upgrade?wait=30s").json
     assert record["outcome"] == "committed", record

@@ -84,7 +84,7 @@ def test_the_process_that_the_supervisor_knows_is_the_one_that_serves(start: Sta
     for version in ("1.1.0", "1.2.0", "1.3.0"):
         served.upgrade(version)
         assert served.service.pid == served.pid
-    assert served.service.ask("POST", "/rollback?wait=30s").json["outcome"] == "committed"
+    assert served.service.roll_back()["outcome"] == "committed"
     status = served.settled()
     assert (status["version"], status["installed"]) == ("1.2.0", {"version": "1.2.0", "reason": None})
     assert served.service.pid == served.pid

@@ -327,7 +327,8 @@ def test_systemd_opens_the_socket(site: Site) -> None:
     assert unit.ask("GET", "/version", address=address).json == {"version": "1.0.0"}
     main = unit.main_pid
     site.offer(site.programs.version("1.1.0"))
-    assert unit.ask("POST", "/upgrade?wait=30s", address=address).json["outcome"] == "committed"
+    upgrade_id = unit.ask("POST", "/upgrade", address=address).json["id"]
+    unit.line(upgrade=upgrade_id, outcome="committed")
     assert unit.ask("GET", "/version", address=address).json == {"version": "1.1.0"}
     unit.line(message="settled", phase="RUNNING", pid=main)  # before that, a connection of its own may wait for it
     assert unit.main_pid == main

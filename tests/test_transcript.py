@@ -127,7 +127,7 @@ def test_a_successor_whose_incumbent_is_killed_can_still_write(
 @pytest.mark.slow
 def test_a_foreign_successor_that_stays_can_still_write(start: Callable[..., Service]) -> None:
     """It knows of no other stream than the one that it was given: what it writes is passed on as long as it lives."""
-    service = start("-probation", "100ms", "-drain", "2s")
+    service = start("-probation", "100ms", "-drain", "30s")
     address = service.address
     fake(service.upgrade_dir / "foreign", "full", "2.0.0", "talks")
     assert service.ask("POST", "/upgrade?wait=30s").json["outcome"] == "committed"
