@@ -268,7 +268,8 @@ class Service(Watched):
         threading.Thread(target=self.read, args=[self.process.stderr], daemon=True).start()
 
     def restart(self, *flags: str) -> None:
-        """Start again what is on disk now, when no process is left; with other flags, if any are given."""
+        """Start again what is on disk now, once no process is left; with other flags, if any are given."""
+        self.wait_for_end()  # and all that was said has been read
         self.lines.clear()
         self._flags = flags or self._flags
         self._start()

@@ -248,6 +248,7 @@ def test_a_hostile_candidate(start: Callable[..., Service], browser: Browser) ->
         page.locator("#confirm-yes").click()
         expect(page.locator("#log")).to_contain_text(f"{evil}\\x1b[31m\\u202edesrever שלום")
         expect(page.locator("#failure")).to_contain_text("bad ended with status 3")
+        expect(page.locator("#candidates")).to_contain_text("failed before")  # they have been listed anew
         last_entry(page).locator("summary").click()
         kept = [
             text.evaluate("element => getComputedStyle(element).unicodeBidi")

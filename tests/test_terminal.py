@@ -86,9 +86,10 @@ class Terminal(Watched):
         assert self.foreground == self.shell.pid
         self.type(b"echo status=$?\n")
         self.expect(r"status=0\r\n")
-        assert [pid for pid, session in sessions() if session == self.shell.pid and not is_zombie(pid)] == [
-            self.shell.pid
-        ]
+        self.poll(
+            lambda: [pid for pid, session in sessions() if session == self.shell.pid and not is_zombie(pid)],
+            lambda left: left == [self.shell.pid],
+        )  # what an upgrade leaves behind may still be on its way out, and the shell does not wait for that
 
     def __enter__(self) -> Self:
         return self

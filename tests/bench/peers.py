@@ -116,9 +116,10 @@ class SelfUpdate:
         trigger = time.monotonic()
         answer = self._service.ask("POST", "/upgrade")
         assert answer.status == 202, answer.body
-        answered = load.first_answer(version)
         successor = self._service.line(since, message="started a successor")["successor"]
-        ended = first_end(old, successor)
+        watched = [os.pidfd_open(pid) for pid in (old, successor)]  # now: whichever ends is reaped at once
+        answered = load.first_answer(version)
+        ended = first_end(watched)
         record = self._service.record_when(answer.json["id"], lambda record: record["outcome"] is not None)
         assert record["outcome"] == "committed", record
         pid = self._service.status_when(lambda status: status["phase"] == "RUNNING")["pid"]
@@ -394,14 +395,13 @@ def ask(address: tuple[str, int]) -> Answer:
         return exchange(connection, LAST_REQUEST)
 
 
-def first_end(*pids: int) -> float:
-    """Wait until one of some processes has ended, and return when."""
-    fds = [os.pidfd_open(pid) for pid in pids]
+def first_end(fds: list[int]) -> float:
+    """Wait until one of some processes has ended, and return when; close `fds`, which say so (pidfd_open(2))."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     try:
-        assert poll.poll(PATIENCE * 1000), f"none of the processes {pids} has ended"
+        assert poll.poll(PATIENCE * 1000), "none of the processes has ended"
         return time.monotonic()
     finally:
         for fd in fds:
