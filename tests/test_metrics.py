@@ -194,10 +194,17 @@ def test_a_histogram_is_cumulative_whoever_counted(check: Callable[[str], None])
 # A running service.
 
 
+_LOOKS_AT_NOTHING_AHEAD = """
+from selfupdate import watch
+watch.Watch.begin = lambda self: None
+"""
+
+
 @pytest.mark.slow
 def test_each_metric_is_there(start: Callable[..., Service], programs: Programs, check: Callable[[str], None]) -> None:
     """What runs, how it stands, and what was done; a scan is none that it makes itself."""
-    service = start("-probation", "100ms", "-keep-pid=false")
+    program = programs.faulty("1.0.0", "idle", _LOOKS_AT_NOTHING_AHEAD)
+    service = start("-probation", "100ms", "-keep-pid=false", program=program)
     first = scrape(service)
     assert first.sum("selfupdate_build_info", 'version="1.0.0"') == 1
     assert (first.phase, first.values["selfupdate_generation"], first.values["selfupdate_draining"]) == (

@@ -187,17 +187,23 @@ def test_an_upgrade_that_fails(  # noqa: PLR0913, PLR0917 - each is one thing th
         expect(page.locator("#upgrade")).to_be_disabled()
 
 
-def test_two_browsers_at_once(start: Callable[..., Service], programs: Programs, browser: Browser) -> None:
+def test_two_browsers_at_once(
+    start: Callable[..., Service], programs: Programs, tmp_path: Path, browser: Browser
+) -> None:
     """What one asks for, both see; and one of two who ask at once is shown what the other began."""
     service = start(*QUICK)
-    add(service, programs.version("1.1.0"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    add(service, programs.faulty("1.1.0", "held", HOLDS.format(str(pipe))))
     conflict = ("status of 409",)
     with browser.visit(url(service), but=conflict) as one, browser.visit(url(service), but=conflict) as other:
         for page in (one, other):
             page.locator("#upgrade").click()
             expect(page.locator("#confirm-way")).to_have_text("1.0.0 → 1.1.0")
         for page in (one, other):
-            page.locator("#confirm-yes").click()
+            with page.expect_response("**/upgrade"):
+                page.locator("#confirm-yes").click()
+        pipe.write_text("", encoding="ascii")
         for page in (one, other):
             expect(page.locator("#now")).to_have_text("1.1.0 serves.")
             expect(page.locator("#version")).to_have_text("1.1.0")

@@ -625,9 +625,14 @@ def answer(self, request):
 presence.Presence._health = answer
 """
 _DIES_LATER = """
-import os, sys, threading
-if "-upgrade" in sys.argv:
-    threading.Timer(1, os._exit, (7,)).start()
+import os, threading
+from selfupdate import presence
+health = presence.Presence._health
+def answer(self, request):
+    if self._lifecycle.phase == "TRIAL":
+        threading.Timer(0.5, os._exit, (7,)).start()
+    return health(self, request)
+presence.Presence._health = answer
 """
 
 
