@@ -66,7 +66,7 @@ def test_capture_ends_whatever_it_started(script: str, error: type[Exception], t
     """The whole group is killed: the children, too."""
     pids = tmp_path / "pids"
     with pytest.raises(error):
-        _run(f"echo $$ > {pids}; {script}", time_limit=0.5)
+        _run(f"echo $$ > {pids}; {script}", time_limit=2.0 if error is process.TooSlowError else PATIENCE)
     leader = int(pids.read_text(encoding="utf-8"))
     wait_for_end(leader)
     for entry in Path("/proc").iterdir():

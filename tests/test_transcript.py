@@ -139,8 +139,8 @@ def test_a_foreign_successor_that_stays_can_still_write(start: Callable[..., Ser
 @pytest.mark.slow
 def test_a_flood_is_bounded(start: Callable[..., Service]) -> None:
     """A candidate that writes 50 MB costs no memory, and leaves a short record."""
-    service = start("-standby", "20s")
-    shell(service.upgrade_dir / "bad", "2.0.0", "head -c 50000000 /dev/zero | tr '\\0' 'x' | fold -w 100 >&2; exit 3")
+    service = start("-standby", "2m")
+    shell(service.upgrade_dir / "bad", "2.0.0", "head -c 50000000 /dev/zero | tr '\\0' 'x' | fold -w 1000 >&2; exit 3")
     record = service.upgrade()
     assert record["reason"] == "bad ended with status 3 before it stood by"
     assert KEPT / 2 < len(record["log"]) <= KEPT
