@@ -193,9 +193,10 @@ class Scanner:
     def _examine(self, names: list[str], trusted: Reading, may: Callable[[], bool]) -> list[Candidate]:
         """Look at each file, as long as that may be; at several at a time, where that takes other programs."""
         paths = [(path, self._recall(path)) for path in map(self._directory.joinpath, names)]
-        paths.sort(key=lambda known: known[1] is not None)  # first what takes long
         unknown = sum(status is None for _, status in paths)
-        waiting = deque(paths)
+        # First what takes long: by its end the others may have changed.
+        paths.sort(key=lambda known: known[1] is not None)
+        waiting = deque((path, None if unknown else status) for path, status in paths)
         found: list[Candidate] = []
         failures: list[BaseException] = []
 
@@ -252,7 +253,7 @@ class Scanner:
         try:
             check_file(name, status, self._limits)
             trusted.examine(path)
-            release = trusted.verify(self._store.stage(path))
+            release = trusted.verify(self._store.stage(path, status))
             return self._judge(Candidate(name, self._version(release), release))
         except CandidateError as error:
             # What was raised is kept, perhaps for long, and raised again: without the frames that it came through.

@@ -66,13 +66,14 @@ class Store:
                 "make it writable for this account, or give another one with -state-dir",
             ) from error
 
-    def stage(self, source: Path) -> Copy:
+    def stage(self, source: Path, status: os.stat_result | None = None) -> Copy:
         """Return the private copy of a candidate, made now or when the same file was last staged.
 
-        Raises CandidateError where it can't be read, is too large, or changes meanwhile.
+        Its `status` need not be asked for anew where it has just been seen. Raises CandidateError where it
+        can't be read, is too large, or changes meanwhile.
         """
         try:
-            identity = Identity.of(source.stat())
+            identity = Identity.of(status or source.stat())
             copy = self._staged.get((source, identity)) or self._staged_before(source, identity)
             if copy is None or not copy.path.exists():
                 copy = self._copy(source)
@@ -133,9 +134,9 @@ class Store:
     def prune(self, kept: Iterable[str]) -> None:
         """Remove every release but those with the digests `kept`."""
         kept = set(kept)
-        for directory in self._root.iterdir():
-            if directory.name not in kept and not directory.name.startswith(_NEW):
-                _remove(directory)
+        for name in os.listdir(self._root):  # noqa: PTH208 - names, not paths
+            if name not in kept and not name.startswith(_NEW):
+                _remove(self._root / name)
         self._staged = {key: copy for key, copy in self._staged.items() if copy.sha256 in kept}
         self.findings.forget_all_but(kept)
 

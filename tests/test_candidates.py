@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -256,6 +257,24 @@ def test_what_runs_is_a_private_copy(directory: Path, store: Store) -> None:
     source.unlink()
     with pytest.raises(CandidateError, match="a was removed after it had been chosen"):
         store.confirm(release)
+
+
+def test_what_is_known_may_change_while_others_are_asked(
+    directory: Path, scanner: Callable[..., Scanner], tmp_path: Path
+) -> None:
+    """It is taken for what it is then, and not for what it was when the scan began."""
+    shell(directory / "known", "2.0.0", "")
+    scanning = scanner()
+    assert [str(candidate.version) for candidate in scanning.scan()] == ["2.0.0"]
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    write_program(directory / "asked", f"#!/bin/sh\nread _ < {gate}; echo 1.1.0\n".encode())
+    with ThreadPoolExecutor() as asking:
+        found = asking.submit(scanning.scan)
+        with gate.open("w", encoding="ascii") as at_the_gate:  # it is being asked
+            shell(directory / "known", "3.0.0", "")
+            at_the_gate.write("go\n")
+        assert [str(candidate.version) for candidate in found.result(PATIENCE)] == ["3.0.0", "1.1.0"]
 
 
 def test_a_file_that_is_being_written_is_taken_later(directory: Path, tmp_path: Path) -> None:
