@@ -3,7 +3,7 @@
 Each is named by an absolute path, and gets nothing of this process's
 environment, which could steer it (PATH, LD_PRELOAD, TZ, OPENSSL_CONF). It works
 in a new directory that holds copies of all that it is to read, but for the data
-themselves, which it gets on standard input, and takes what it tells of its status.
+themselves, which it gets on standard input. What it tells of its status goes there, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

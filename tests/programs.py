@@ -17,6 +17,11 @@ from selfupdate import settings
 settings.Settings.__new__.__defaults__ = (settings.Limits(version_time=60.0),)
 """
 """Statements for `Programs.faulty`: candidates have more time to tell their version than a test takes for anything."""
+BLIND = """
+from selfupdate import watch
+watch.Watch.begin = lambda self: None
+"""
+"""Statements for `Programs.faulty`: nothing is looked at before somebody asks."""
 
 
 class Programs:

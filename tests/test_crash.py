@@ -237,7 +237,6 @@ def test_a_kill_at_any_step_leaves_something_that_works(case: Case, programs: Pr
         is_this = newest is not None and newest["from"] == before
         if is_this:
             newest = service.record_when(newest["id"], has_settled)
-            assert newest["outcome"] is not None
             assert newest["outcome"] == "committed" or newest["reason"]
         committed = is_this and newest["outcome"] == "committed"
         assert _version_of(service.program) == (after if committed else before)

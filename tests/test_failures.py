@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from load import Load
-from programs import Programs, fake, shell, write_program
+from programs import BLIND, Programs, fake, shell, write_program
 from service import Service
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def site(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """One service for all kinds: none may leave a trace in it."""
     directory = tmp_path_factory.mktemp("site")
     flags = ("-standby", f"{STANDBY:g}s", "-probation", "1s", "-drain", "10s")
-    blind = "from selfupdate import watch\nwatch.Watch.begin = lambda self: None"
-    with Service(programs.faulty("1.0.0", "blind", blind), directory, *flags) as service, Load(service.address) as load:
+    with Service(programs.faulty("1.0.0", "blind", BLIND), directory, *flags) as service, Load(service.address) as load:
         yield Site(service, load, programs)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from clients import Asking
+from programs import BLIND
 from service import PATIENCE, Service, connect
 
 from selfupdate.exposition import CONTENT_TYPE, Counter, Histogram, by_name, gauge, series
@@ -194,16 +195,10 @@ def test_a_histogram_is_cumulative_whoever_counted(check: Callable[[str], None])
 # A running service.
 
 
-_LOOKS_AT_NOTHING_AHEAD = """
-from selfupdate import watch
-watch.Watch.begin = lambda self: None
-"""
-
-
 @pytest.mark.slow
 def test_each_metric_is_there(start: Callable[..., Service], programs: Programs, check: Callable[[str], None]) -> None:
     """What runs, how it stands, and what was done; a scan is none that it makes itself."""
-    program = programs.faulty("1.0.0", "idle", _LOOKS_AT_NOTHING_AHEAD)
+    program = programs.faulty("1.0.0", "blind", BLIND)
     service = start("-probation", "100ms", "-keep-pid=false", program=program)
     first = scrape(service)
     assert first.sum("selfupdate_build_info", 'version="1.0.0"') == 1

@@ -98,6 +98,7 @@ _INNARDS = {
     "__annotate__",
     "__args__",
 }
+"""What leads from a thing to what it is made of."""
 _OF_ANNOTATIONS = (
     *(ast.Name, ast.Attribute, ast.Subscript, ast.Tuple, ast.List, ast.BinOp, ast.BitOr, ast.Constant),
     ast.expr_context,

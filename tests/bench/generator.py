@@ -332,7 +332,7 @@ class Load:
         """End the generator, and return what it saw."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(self._patience + 3 * MOST_TIME)
+        self._process.wait(self._patience + 3 * MOST_TIME)  # the last answers are awaited, then all is saved
         self._end()
         return Trace.load(self._path)
 
